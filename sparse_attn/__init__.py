@@ -1,0 +1,43 @@
+"""Sparse attention for Keras: a pattern says which pairs of positions may attend."""
+
+import keras as _keras
+
+from sparse_attn import patterns as _patterns
+from sparse_attn._version import __version__
+from sparse_attn.attend import merge_attention
+from sparse_attn.functional import sparse_attention
+from sparse_attn.patterns import (
+    Atrous,
+    Band,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Local,
+    Pattern,
+    Prefix,
+    Strided,
+)
+from sparse_attn.plan import plan
+
+__all__ = [
+    "Atrous",
+    "Band",
+    "Blocks",
+    "Causal",
+    "Dilated",
+    "Full",
+    "Local",
+    "Pattern",
+    "Prefix",
+    "Strided",
+    "__version__",
+    "merge_attention",
+    "plan",
+    "sparse_attention",
+]
+
+# Patterns know numpy only; here they are made known to Keras' saving.
+for _value in vars(_patterns).copy().values():
+    if isinstance(_value, type) and issubclass(_value, Pattern) and _value is not Pattern:
+        _keras.saving.register_keras_serializable(package="sparse_attn")(_value)

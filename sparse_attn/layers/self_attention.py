@@ -1,0 +1,169 @@
+"""Self-attention, and its atrous, local and strided forms: each only chooses a pattern."""
+
+import keras
+
+from sparse_attn.checks import check_bool
+from sparse_attn.layers.multi_head_attention import MultiHeadAttention
+from sparse_attn.patterns import Atrous, Causal, Full, Local, Strided, check_pattern
+
+
+@keras.saving.register_keras_serializable(package="sparse_attn")
+class SelfAttention(MultiHeadAttention):
+    """Attention of a sequence over itself, along the pairs of a pattern.
+
+    Args:
+        num_heads: number of heads, a positive int.
+        key_dim: features of a head's queries and keys, a positive int.
+        pattern: a `Pattern`; `Full()` by default.
+        causal: whether no position may attend to a later one; the layer's
+            `pattern` then is `Causal() & pattern`.
+        **kwargs: as for `MultiHeadAttention`.
+
+    Call arguments:
+        query: `(b, n, features)`.
+        mask: `(b, n)` bools, True = valid; Keras fills it in. `query_mask`
+            is another name for it.
+        attention_mask, return_attention_scores, training, use_causal_mask: as
+            for `MultiHeadAttention`.
+
+    Returns:
+        `(b, n, *output_shape)`, or a pair of it and the `(b, h, n, n)` weights.
+
+    Raises:
+        TypeError, ValueError: for an argument that is not as said above; the
+            message names it.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from sparse_attn import Causal, Local, Prefix
+    >>> from sparse_attn.layers import SelfAttention
+    >>> layer = SelfAttention(2, 16, Causal() & (Local(10) | Prefix(4)))
+    >>> tuple(layer(np.ones((1, 100, 32), "float32")).shape)
+    (1, 100, 32)
+    """
+
+    def __init__(self, num_heads, key_dim, pattern=None, causal=False, **kwargs):
+        self.causal = check_bool("causal", causal)
+        if isinstance(pattern, dict):
+            pattern = keras.saving.deserialize_keras_object(pattern)
+        pattern = check_pattern("pattern", Full() if pattern is None else pattern)
+        super().__init__(num_heads, key_dim, Causal() & pattern if causal else pattern, **kwargs)
+
+    def build(self, query_shape):
+        super().build(query_shape, query_shape)
+
+    def call(
+        self,
+        query,
+        mask=None,
+        query_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        # Keras fills in `mask` beside one tensor, `query_mask` beside several.
+        mask = query_mask if mask is None else mask
+        return super().call(
+            query,
+            query,
+            query_mask=mask,
+            value_mask=mask,
+            attention_mask=attention_mask,
+            return_attention_scores=return_attention_scores,
+            training=training,
+            use_causal_mask=use_causal_mask,
+        )
+
+    def compute_output_shape(self, query_shape):
+        return super().compute_output_shape(query_shape, query_shape)
+
+    def compute_output_spec(self, query, mask=None, query_mask=None, **kwargs):
+        mask = query_mask if mask is None else mask
+        return super().compute_output_spec(query, query, query_mask=mask, **kwargs)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "pattern": keras.saving.serialize_keras_object(self._given_pattern()),
+            "causal": self.causal,
+        }
+
+    def _given_pattern(self):
+        return self.pattern.second if self.causal else self.pattern
+
+
+class _NamedSelfAttention(SelfAttention):
+    """A layer that takes its pattern's arguments in place of the pattern."""
+
+    def get_config(self):
+        config = super().get_config()
+        del config["pattern"]
+        return {**config, **self._given_pattern().get_config()}
+
+
+@keras.saving.register_keras_serializable(package="sparse_attn")
+class AtrousSelfAttention(_NamedSelfAttention):
+    """Self-attention along a comb: `(q_pos - k_pos) % rate == 0`. See `Atrous`.
+
+    Time and memory are 1 / `rate` of full attention's.
+
+    Args:
+        num_heads, key_dim: positive ints, as for `SelfAttention`.
+        rate: a positive int, the distance between the teeth.
+        causal: whether no position may attend to a later one.
+        **kwargs: as for `MultiHeadAttention`.
+
+    Raises:
+        TypeError, ValueError: for an argument that is not as said above.
+    """
+
+    def __init__(self, num_heads, key_dim, rate, causal=False, **kwargs):
+        super().__init__(num_heads, key_dim, Atrous(rate), causal, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="sparse_attn")
+class LocalSelfAttention(_NamedSelfAttention):
+    """Self-attention in a window: `-left <= k_pos - q_pos <= right`. See `Local`.
+
+    Time and memory are linear in the length.
+
+    Args:
+        num_heads, key_dim: positive ints, as for `SelfAttention`.
+        window: a non-negative int for both sides, or a pair `(left, right)`
+            of them, where `None` is unlimited.
+        causal: whether no position may attend to a later one.
+        **kwargs: as for `MultiHeadAttention`.
+
+    Raises:
+        TypeError, ValueError: for an argument that is not as said above.
+
+    References:
+        - [Longformer, Beltagy et al., 2020](https://arxiv.org/abs/2004.05150)
+    """
+
+    def __init__(self, num_heads, key_dim, window, causal=False, **kwargs):
+        super().__init__(num_heads, key_dim, Local(window), causal, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="sparse_attn")
+class StridedSelfAttention(_NamedSelfAttention):
+    """Self-attention dense nearby and sparse far away. See `Strided`.
+
+    Args:
+        num_heads, key_dim: positive ints, as for `SelfAttention`.
+        stride: a positive int: the window on each side, and the distance
+            between the keys beyond it.
+        causal: whether no position may attend to a later one.
+        **kwargs: as for `MultiHeadAttention`.
+
+    Raises:
+        TypeError, ValueError: for an argument that is not as said above.
+
+    References:
+        - [Sparse Transformers, Child et al., 2019](https://arxiv.org/abs/1904.10509)
+    """
+
+    def __init__(self, num_heads, key_dim, stride, causal=False, **kwargs):
+        super().__init__(num_heads, key_dim, Strided(stride), causal, **kwargs)

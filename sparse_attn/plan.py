@@ -1,0 +1,445 @@
+"""Plans: a pattern as a few disjoint parts, each with the tiles that hold it.
+
+A plan is found in three steps. The pattern is spread into terms joined by
+"or"; each term has a *bound*: a `Band`, a `Blocks` or a `Prefix` that holds
+all of its pairs. Terms that cost less together than apart are fused. Then each
+term gives up what an earlier one already allows, so that no pair is scored
+twice, and its layout follows from its bound.
+
+A new pattern works at once, since any pattern is bounded by `Band()`. It
+becomes fast when its bound is registered:
+
+    @bound.register
+    def _(pattern: MyPattern):
+        return Band(left=pattern.reach, right=0)
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sparse_attn.checks import check_int
+from sparse_attn.layouts import (
+    NOMINAL_LENGTH,
+    Rows,
+    band_layout,
+    band_rows,
+    block_layout,
+    block_rows,
+    column_layout,
+)
+from sparse_attn.patterns import (
+    And,
+    Atrous,
+    Band,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Local,
+    Not,
+    Or,
+    Pattern,
+    Prefix,
+    Strided,
+    check_pattern,
+)
+
+MAX_PARTS = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some pairs of a pattern, and the tiles that hold them.
+
+    Attributes:
+        bound: a `Band`, `Blocks` or `Prefix` that allows at least these pairs.
+        pattern: the exact pairs; equal to `bound` where that is exact.
+        layout: how keys are brought to queries.
+    """
+
+    bound: Pattern
+    pattern: Pattern
+    layout: object
+
+    @property
+    def scored_pairs(self):
+        """Pairs of positions in the layout's tiles."""
+        return self.layout.scored_pairs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Disjoint parts whose union is the pattern. Iterates over them.
+
+    Attributes:
+        parts: a tuple of `Part`.
+        n, m: the lengths it was made for, or `None`.
+    """
+
+    parts: tuple[Part, ...]
+    n: int | None = None
+    m: int | None = None
+
+    def __iter__(self):
+        return iter(self.parts)
+
+    def __len__(self):
+        return len(self.parts)
+
+    @property
+    def scored_pairs(self):
+        """Pairs that are scored for each head and batch row; an int.
+
+        Where a length is unknown it is taken at a nominal one.
+        """
+        return sum(part.scored_pairs for part in self.parts)
+
+    @property
+    def share(self):
+        """Scored pairs as a share of all `n * m`; a float in [0, 1]."""
+        return self.scored_pairs / ((self.n or NOMINAL_LENGTH) * (self.m or NOMINAL_LENGTH))
+
+    def __str__(self):
+        lines = [f"{len(self.parts)} part(s), {self.share:.1%} of all pairs scored"]
+        for part in self.parts:
+            exact = "" if part.pattern == part.bound else f", masked by {part.pattern!r}"
+            lines.append(f"  {part.scored_pairs:>12,} pairs in {part.bound!r}{exact}")
+        return "\n".join(lines)
+
+
+def plan(pattern, n=None, m=None):
+    """Decide how a pattern is computed.
+
+    Every pair that the pattern allows lies in exactly one part, and no plan
+    scores more pairs than a dense computation does.
+
+    Args:
+        pattern: a `Pattern`.
+        n: number of queries, or `None` while it is unknown.
+        m: number of keys, `n` by default.
+
+    Returns:
+        A `Plan`: disjoint parts `(bound, pattern, layout)`. It has no parts
+        if the pattern allows nothing at these lengths.
+
+    Raises:
+        TypeError, ValueError: if `pattern` is no hashable pattern, a length is
+            no positive int, or the pattern cannot relate the lengths.
+
+    Example:
+
+    >>> from sparse_attn import Causal, Strided, plan
+    >>> print(plan(Causal() & Strided(64), 4096))
+    2 part(s), 6.2% of all pairs scored
+           786,432 pairs in Band(64, 0)
+           262,144 pairs in Band(None, 0, 64), masked by Band(None, 0, 64) & ~Band(64, 0)
+    """
+    check_pattern("pattern", pattern)
+    n = None if n is None else check_int("n", n, minimum=1)
+    m = n if m is None else check_int("m", m, minimum=1)
+    pattern.check_lengths(n, m)
+    return _plan(pattern, n, m)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(pattern, n, m):
+    terms = _terms(pattern, n, m)
+    # The dearest first: the others give up what it allows.
+    terms.sort(key=lambda term: -_cost(term.bound, n, m))
+    parts = []
+    for i, term in enumerate(terms):
+        exact = term.pattern
+        for earlier in terms[:i]:
+            if _meet(term.bound, earlier.bound) is not None:
+                exact = exact & ~earlier.pattern
+        parts.append(Part(term.bound, exact, layout(term.bound, n, m)))
+    dense = layout(Band(), n, m)
+    known = n is not None and m is not None
+    if known and sum(part.scored_pairs for part in parts) >= dense.scored_pairs:
+        parts = [Part(Band(), parts[0].pattern if len(parts) == 1 else pattern, dense)]
+    return Plan(tuple(parts), n, m)
+
+
+def plan_at(pattern, q_pos, n, m, dim):
+    """A plan for queries at any positions, such as those of a decoder.
+
+    Args:
+        pattern: a `Pattern`.
+        q_pos: `(n,)` int tensor, the queries' positions.
+        n, m: numbers of queries and keys, ints or int tensors.
+        dim: int, features of a key.
+
+    Returns:
+        A `Plan`. Each query's keys are gathered, or scored densely where that
+        moves less memory or where a length is unknown and the pattern unbounded.
+    """
+    check_pattern("pattern", pattern)
+    pattern.check_lengths(None, m if isinstance(m, int) else None)
+    parts = []
+    for part in _plan(pattern, None, None):
+        parts.append(Part(part.bound, part.pattern, _layout_at(part.bound, q_pos, n, m)))
+    known = isinstance(n, int) and isinstance(m, int)
+    moved = [_moved(part.layout, n, m, dim) for part in parts] if known else []
+    if known and sum(moved) >= n * m + m * dim:
+        parts = [Part(Band(), pattern, layout(Band()))]
+    return Plan(tuple(parts), n if known else None, m if known else None)
+
+
+def _layout_at(bound, q_pos, n, m):
+    match bound:
+        case Band(left, right, rate):
+            index = band_rows(left, right, rate, q_pos, m)
+        case Blocks(size):
+            index = block_rows(size, q_pos)
+        case _:
+            return layout(bound, None, m if isinstance(m, int) else None)
+    return layout(Band()) if index is None else Rows(index)
+
+
+def _moved(layout, n, m, dim):
+    """Numbers that a layout makes for a head: copies of keys, and scores."""
+    if isinstance(layout, Rows):
+        return n * layout.index.shape[1] * (dim + 1)
+    return replace(layout, n=n, m=m).scored_pairs + m * dim
+
+
+@functools.lru_cache(maxsize=4096)
+def layout(bound, n=None, m=None):
+    """The layout that holds a bound: a `Band`, `Blocks` or `Prefix`."""
+    match bound:
+        case Band(left, right, rate):
+            return band_layout(left, right, rate, n, m)
+        case Blocks(size):
+            return block_layout(size, n)
+        case Prefix(length):
+            return column_layout(length, n, m)
+    raise TypeError(f"A bound must be a Band, Blocks or Prefix. Received: {bound!r}")
+
+
+# ---- From a pattern to terms -------------------------------------------------
+
+
+@functools.singledispatch
+def bound(pattern):
+    """A `Band`, `Blocks` or `Prefix` that allows every pair that `pattern` does.
+
+    Register one for a pattern of your own to make it fast.
+    """
+    return Band()
+
+
+@functools.singledispatch
+def rewrite(pattern):
+    """The same pairs, said in the terms of a plan."""
+    return pattern
+
+
+rewrite.register(Full, lambda pattern: Band())
+rewrite.register(Causal, lambda pattern: Band(right=0))
+rewrite.register(Local, lambda pattern: Band(*pattern.sides))
+rewrite.register(Atrous, lambda pattern: Band(rate=pattern.rate))
+rewrite.register(Strided, lambda pattern: Local(pattern.stride) | Atrous(pattern.stride))
+rewrite.register(Dilated, lambda p: Band(p.window * p.rate, p.window * p.rate, p.rate))
+for _kind in (Band, Blocks, Prefix):
+    bound.register(_kind, lambda pattern: pattern)
+
+
+@dataclass(frozen=True)
+class Term:
+    """Pairs to compute, `pattern`, and a bound that holds them."""
+
+    bound: Pattern
+    pattern: Pattern
+
+    @property
+    def is_exact(self):
+        return self.bound == self.pattern
+
+    def is_within(self, other):
+        """Whether `other` certainly allows all that this term does."""
+        return other.is_exact and _contains(other.bound, self.bound)
+
+
+def _terms(pattern, n, m):
+    """Spread a pattern into terms joined by "or"; they may overlap."""
+    pattern = rewrite(pattern)
+    match pattern:
+        case Or(first, second):
+            return _fuse(_terms(first, n, m) + _terms(second, n, m), n, m)
+        case And(first, second):
+            pairs = itertools.product(_terms(first, n, m), _terms(second, n, m))
+            both = (_both(a, b, n, m) for a, b in pairs)
+            return _fuse([term for term in both if term is not None], n, m)
+        case Not(inner):
+            return _complement(rewrite(inner), n, m)
+    return _term(bound(pattern), pattern, n, m)
+
+
+def _complement(pattern, n, m):
+    match pattern:
+        case Or(first, second):
+            return _terms(~first & ~second, n, m)
+        case And(first, second):
+            return _terms(~first | ~second, n, m)
+        case Not(inner):
+            return _terms(inner, n, m)
+        case Band(left, right, 1):
+            ahead = Band(left=-right - 1) if right is not None else None
+            behind = Band(right=-left - 1) if left is not None else None
+            sides = [side for side in (ahead, behind) if side is not None]
+            return [term for side in sides for term in _term(side, side, n, m)]
+    return _term(Band(), ~pattern, n, m)
+
+
+def _term(found, pattern, n, m):
+    """A list of the one term with this bound in its simplest form, or of none."""
+    found = rewrite(found)
+    if not isinstance(found, (Band, Blocks, Prefix)):
+        raise TypeError(
+            f"The bound of a pattern must be a Band, Blocks or Prefix. "
+            f"Received: bound({pattern!r}) = {found!r}"
+        )
+    simple = _simplify(found, n, m)
+    if simple is None:
+        return []
+    return [Term(simple, simple if found == pattern else pattern)]
+
+
+def _both(a, b, n, m):
+    """The term of the pairs in `a` and in `b`, or `None` if there are none."""
+    if a.is_within(b):
+        return a
+    if b.is_within(a):
+        return b
+    met = _meet(a.bound, b.bound)
+    met = None if met is None else _simplify(met, n, m)
+    if met is None:
+        return None
+    if isinstance(a.bound, Band) and isinstance(b.bound, Band):
+        if a.is_exact and b.is_exact:
+            return Term(met, met)
+        return Term(met, a.pattern & b.pattern)
+    cheaper = min(a.bound, b.bound, met, key=lambda bound: _cost(bound, n, m))
+    return Term(cheaper, a.pattern & b.pattern)
+
+
+def _fuse(terms, n, m):
+    """Join terms while that saves pairs, and until there are few."""
+    terms = list(dict.fromkeys(terms))
+    while len(terms) > 1:
+        fusions = []
+        for a, b in itertools.combinations(terms, 2):
+            fused = _either(a, b)
+            saved = _cost(a.bound, n, m) + _cost(b.bound, n, m) - _cost(fused.bound, n, m)
+            fusions.append((saved, a, b, fused))
+        saved, a, b, fused = max(fusions, key=lambda fusion: fusion[0])
+        if saved < 0 and len(terms) <= MAX_PARTS:
+            break
+        terms = [term for term in terms if term not in (a, b)] + [fused]
+    return terms
+
+
+def _either(a, b):
+    """One term for the pairs in `a` or in `b`."""
+    if a.is_within(b):
+        return b
+    if b.is_within(a):
+        return a
+    return Term(_hull(a.bound, b.bound), a.pattern | b.pattern)
+
+
+# ---- The arithmetic of bounds ------------------------------------------------
+
+
+def _cost(bound, n, m):
+    return layout(bound, n, m).scored_pairs
+
+
+def _simplify(bound, n, m):
+    """The bound in its simplest form for `n` queries and `m` keys; `None` if it is empty."""
+    longest = max(n, m) if n is not None and m is not None else math.inf
+    match bound:
+        case Prefix(length):
+            if length == 0:
+                return None
+            return Band() if m is not None and length >= m else bound
+        case Blocks(size):
+            return Band() if size >= longest else bound
+    left, right, rate = bound.left, bound.right, bound.rate
+    if rate >= longest:  # of the comb, the diagonal alone is in reach
+        return Band(0, 0) if bound(np.int64(0), np.int64(0)) else None
+    # What is out of reach is unlimited, or empty.
+    if left is not None:
+        left = left // rate * rate
+        if m is not None and -left >= m:
+            return None
+        if n is not None and left >= n - 1:
+            left = None
+    if right is not None:
+        right = right // rate * rate
+        if n is not None and -right >= n:
+            return None
+        if m is not None and right >= m - 1:
+            right = None
+    if left is not None and right is not None:
+        if -left > right:
+            return None
+        if -left == right:
+            rate = 1
+    return Band(left, right, rate)
+
+
+def _meet(a, b):
+    """A band that holds what both bounds do, exactly if they are bands; `None` if it is empty."""
+    a, b = _as_band(a), _as_band(b)
+    return _simplify(
+        Band(
+            _least(a.left, b.left),
+            _least(a.right, b.right),
+            math.lcm(a.rate, b.rate),
+        ),
+        None,
+        None,
+    )
+
+
+def _hull(a, b):
+    """A bound that holds what either does."""
+    if _contains(a, b):
+        return a
+    if _contains(b, a):
+        return b
+    a, b = _as_band(a), _as_band(b)
+    left = None if None in (a.left, b.left) else max(a.left, b.left)
+    right = None if None in (a.right, b.right) else max(a.right, b.right)
+    return Band(left, right, math.gcd(a.rate, b.rate))
+
+
+def _contains(outer, inner):
+    """Whether `outer` certainly holds all of `inner`."""
+    match outer, inner:
+        case Prefix(longer), Prefix(shorter):
+            return shorter <= longer
+        case Blocks(larger), Blocks(smaller):
+            return larger % smaller == 0
+        case Band(), _:
+            return _meet(outer, inner) == _as_band(inner)
+    return False
+
+
+def _as_band(bound):
+    match bound:
+        case Prefix():
+            return Band()
+        case Blocks(size):
+            return Band(size - 1, size - 1)
+    return bound
+
+
+def _least(a, b):
+    """The smaller of two limits, where `None` is no limit."""
+    return min((side for side in (a, b) if side is not None), default=None)

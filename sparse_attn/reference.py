@@ -1,0 +1,108 @@
+"""The oracle: dense attention in plain numpy and float64, `n x m` on purpose.
+
+It shares nothing with the fast paths but the predicate, and says what is
+right: values by definition, gradients by the textbook formulas.
+"""
+
+import numpy as np
+
+
+def dense_attention(
+    query,
+    key,
+    value,
+    pattern,
+    *,
+    query_mask=None,
+    key_mask=None,
+    attention_mask=None,
+    bias=None,
+    scale=None,
+    query_positions=None,
+    out_grad=None,
+    lse_grad=None,
+):
+    """Scaled dot-product attention over the pairs that a pattern allows.
+
+    `out[i] = sum_j softmax_j(scale * q[i] . k[j] + bias[i, j]) v[j]`, where `j`
+    runs over the allowed keys; 0 where there are none.
+
+    Args:
+        query: `(b, n, h, d)` array.
+        key: `(b, m, h, d)` array.
+        value: `(b, m, h, e)` array.
+        pattern: a `Pattern`, or any predicate `(q_pos, k_pos) -> bool`.
+        query_mask: `(b, n)` bools, True = valid, or `None`.
+        key_mask: `(b, m)` bools, True = valid, or `None`.
+        attention_mask: bools that broadcast to `(b, h, n, m)`, or `(b, n, m)`, or `None`.
+        bias: numbers of the same shapes, added to the scaled scores, or `None`.
+        scale: a number, `d ** -0.5` by default.
+        query_positions: an int, the first query's position, or `(n,)` ints.
+        out_grad: `(b, n, h, e)`, the gradient of a loss by `out`, or `None`.
+        lse_grad: `(b, n, h)`, the gradient of a loss by `lse`, or `None`.
+
+    Returns:
+        `(out, lse)`, float64: `(b, n, h, e)` and `(b, n, h)`, the natural
+        logarithm of the sum of exponentials, `-inf` where no key is allowed.
+        If a gradient was given, `(out, lse, gradients)`, a dict of the loss's
+        gradients by `query`, `key`, `value` and, if there is one, `bias`.
+    """
+    q, k, v = (np.asarray(x, "float64") for x in (query, key, value))
+    b, n, h, d = q.shape
+    m = k.shape[1]
+    scale = d**-0.5 if scale is None else scale
+
+    q_pos = np.arange(n)
+    if query_positions is not None:
+        first = np.asarray(query_positions)
+        q_pos = first if first.ndim else first + q_pos
+    allowed = np.asarray(pattern(q_pos[:, None], np.arange(m)[None, :]))
+    allowed = np.broadcast_to(allowed, (b, h, n, m))
+    if attention_mask is not None:
+        allowed = allowed & _heads(attention_mask)
+    valid_query = np.ones((b, n), bool) if query_mask is None else np.asarray(query_mask)
+    valid_key = np.ones((b, m), bool) if key_mask is None else np.asarray(key_mask)
+    allowed = allowed & valid_query[:, None, :, None] & valid_key[:, None, None, :]
+    q = np.where(valid_query[:, :, None, None], q, 0)
+    k = np.where(valid_key[:, :, None, None], k, 0)
+    v = np.where(valid_key[:, :, None, None], v, 0)
+
+    scores = scale * np.einsum("bihd,bjhd->bhij", q, k)
+    if bias is not None:
+        scores = scores + _heads(bias)
+    scores = np.where(allowed, scores, -np.inf)
+    highest = np.max(scores, axis=-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(highest), highest, 0))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / np.where(total > 0, total, 1)
+    with np.errstate(divide="ignore"):
+        lse = np.where(total > 0, highest + np.log(total), -np.inf)[..., 0]
+    out = np.einsum("bhij,bjhe->bihe", weights, v)
+    lse = np.moveaxis(lse, 1, 2)
+    if out_grad is None and lse_grad is None:
+        return out, lse
+
+    g = np.zeros_like(out) if out_grad is None else np.asarray(out_grad, "float64")
+    l_grad = np.zeros_like(lse) if lse_grad is None else np.asarray(lse_grad, "float64")
+    by_weight = np.einsum("bihe,bjhe->bhij", g, v)
+    mean = (weights * by_weight).sum(axis=-1, keepdims=True)
+    by_score = weights * (by_weight - mean + np.moveaxis(l_grad, 1, 2)[..., None])
+    gradients = {
+        "query": scale * np.einsum("bhij,bjhd->bihd", by_score, k),
+        "key": scale * np.einsum("bhij,bihd->bjhd", by_score, q),
+        "value": np.einsum("bhij,bihe->bjhe", weights, g),
+    }
+    gradients["query"] *= valid_query[:, :, None, None]
+    gradients["key"] *= valid_key[:, :, None, None]
+    gradients["value"] *= valid_key[:, :, None, None]
+    if bias is not None:
+        full = _heads(bias)
+        axes = tuple(axis for axis in range(4) if full.shape[axis] == 1)
+        gradients["bias"] = by_score.sum(axis=axes, keepdims=True).reshape(np.shape(bias))
+    return out, lse, gradients
+
+
+def _heads(x):
+    """`(n, m)`, `(b, n, m)` or `(b, h, n, m)` as the last."""
+    x = np.asarray(x)
+    return x[:, None] if x.ndim == 3 else np.broadcast_to(x, (1,) * (4 - x.ndim) + x.shape)
