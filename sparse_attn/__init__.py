@@ -2,9 +2,9 @@
 
 import keras as _keras
 
-from sparse_attn import patterns as _patterns
 from sparse_attn._version import __version__
 from sparse_attn.attend import merge_attention
+from sparse_attn.expressions import parse_pattern
 from sparse_attn.functional import sparse_attention
 from sparse_attn.patterns import (
     Atrous,
@@ -33,11 +33,11 @@ __all__ = [
     "Strided",
     "__version__",
     "merge_attention",
+    "parse_pattern",
     "plan",
     "sparse_attention",
 ]
 
 # Patterns know numpy only; here they are made known to Keras' saving.
-for _value in vars(_patterns).copy().values():
-    if isinstance(_value, type) and issubclass(_value, Pattern) and _value is not Pattern:
-        _keras.saving.register_keras_serializable(package="sparse_attn")(_value)
+for _kind in Pattern.__subclasses__():
+    _keras.saving.register_keras_serializable(package="sparse_attn")(_kind)

@@ -22,6 +22,7 @@ import operator
 
 import numpy as np
 
+from sparse_attn import pictures
 from sparse_attn.checks import check_int, received
 
 
@@ -84,9 +85,7 @@ class Pattern(abc.ABC):
                 pattern cannot relate these lengths, or if it does not
                 answer with bools of a shape that broadcasts to `(n, m)`.
         """
-        n = check_int("n", n, minimum=1)
-        m = n if m is None else check_int("m", m, minimum=1)
-        self.check_lengths(n, m)
+        n, m = self._lengths(n, m)
         allowed = np.asarray(self(np.arange(n)[:, None], np.arange(m)[None, :]))
         if allowed.dtype != bool:
             raise TypeError(f"{self!r} must answer with bools. Received: dtype={allowed.dtype}")
@@ -103,31 +102,50 @@ class Pattern(abc.ABC):
 
         A character stands for a cell of pairs: blank where none may attend,
         `░ ▒ ▓ █` for up to a quarter, a half, three quarters and all of them.
-        In a tall cell eight queries are looked at, so the work is linear in
-        the number of keys and any length can be shown.
 
         Args:
             n: number of queries.
             m: number of keys, `n` by default.
-            width: characters across at most; half as many lines.
+            width: characters across, at most; half as many lines.
 
         Returns:
-            A string of lines.
+            A str of lines.
+
+        Example:
+
+        >>> from sparse_attn import Causal
+        >>> print(Causal().text(4, width=8))
+        █
+        ██
+        ███
+        ████
         """
+        n, m = self._lengths(n, m)
+        return pictures.text(self, n, m, check_int("width", width, minimum=2))
+
+    def svg(self, n, m=None, cells=64):
+        """The pattern as a picture: queries down, keys across, darker for more pairs.
+
+        Args:
+            n: number of queries.
+            m: number of keys, `n` by default.
+            cells: squares along each axis, at most.
+
+        Returns:
+            A str, an SVG document.
+        """
+        n, m = self._lengths(n, m)
+        return pictures.svg(self, n, m, check_int("cells", cells, minimum=1))
+
+    def _repr_svg_(self):
+        """How a notebook shows a pattern: at 64 positions."""
+        return self.svg(64)
+
+    def _lengths(self, n, m):
         n = check_int("n", n, minimum=1)
         m = n if m is None else check_int("m", m, minimum=1)
-        width = check_int("width", width, minimum=2)
         self.check_lengths(n, m)
-        rows = np.array_split(np.arange(n), min(n, max(1, width // 2)))
-        edges = np.linspace(0, m, min(m, width) + 1).astype(int)
-        lines = []
-        for row in rows:
-            sample = row[np.linspace(0, len(row) - 1, min(8, len(row))).astype(int)]
-            allowed = np.asarray(self(sample[:, None], np.arange(m)[None, :]))
-            share = np.broadcast_to(allowed, (len(sample), m)).mean(axis=0)
-            share = np.add.reduceat(share, edges[:-1]) / np.diff(edges)
-            lines.append("".join(" ░▒▓█"[int(np.ceil(cell * 4 - 1e-9))] for cell in share))
-        return "\n".join(line.rstrip() for line in lines)
+        return n, m
 
     def get_config(self):
         """The fields by name, as JSON types; inner patterns serialized by Keras."""

@@ -1,0 +1,67 @@
+"""Patterns read from text, such as a command line's, without running any of it."""
+
+import ast
+
+from sparse_attn import patterns
+
+_NAMES = {kind.__name__: kind for kind in patterns.Pattern.__subclasses__()}
+_OPERATORS = {ast.BitAnd: patterns.And, ast.BitOr: patterns.Or}
+
+
+def parse_pattern(text):
+    """The pattern that an expression describes.
+
+    The text may hold the names of this package's patterns, literals, `&`, `|`,
+    `~` and brackets. It is parsed and not evaluated: nothing in it is run.
+
+    Args:
+        text: a str, such as `"Causal() & (Local(64) | Atrous(64))"`.
+
+    Returns:
+        A `Pattern`.
+
+    Raises:
+        TypeError, ValueError: if the text is anything else; the message says
+            what, and where a pattern's own argument is wrong, the pattern does.
+
+    Example:
+
+    >>> from sparse_attn import parse_pattern
+    >>> parse_pattern("Causal() & Local(window=64)")
+    Causal() & Local(64)
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"`text` must be a str. Received: text={text!r}")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"`text` must be a pattern. Received: text={text!r} ({error})") from None
+    return _pattern(tree.body)
+
+
+def _pattern(node):
+    match node:
+        case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_pattern(left), _pattern(right))
+        case ast.UnaryOp(ast.Invert(), operand):
+            return ~_pattern(operand)
+        case ast.Call(ast.Name(name), arguments, keywords) if name in _NAMES:
+            given = {keyword.arg: _argument(keyword.value) for keyword in keywords}
+            if None not in given:
+                return _NAMES[name](*map(_argument, arguments), **given)
+        case ast.Name(name) if name in _NAMES:
+            raise ValueError(
+                f"A pattern is made by a call. Received: {name}; did you mean {name}()?"
+            )
+    raise ValueError(
+        f"A pattern must be made of {', '.join(sorted(_NAMES))}, `&`, `|` and `~`. "
+        f"Received: {ast.unparse(node)}"
+    )
+
+
+def _argument(node):
+    """A literal, or a pattern, as in `And(Causal(), Local(3))`."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return _pattern(node)

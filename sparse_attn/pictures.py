@@ -1,0 +1,72 @@
+"""Pictures of a pattern: queries down, keys across, as text or as SVG.
+
+Every picture is drawn from shares of cells: how many of a cell's pairs the
+pattern allows. In a tall cell eight queries stand for all, so that the work is
+linear in the number of keys and a pattern can be shown at any length.
+"""
+
+import itertools
+
+import numpy as np
+
+_SAMPLES = 8
+_CELL = 6  # side of a cell in an SVG, in its own units
+_ALLOWED = "#0b5fa5"
+_EMPTY = "#eef1f4"
+
+
+def shares(pattern, n, m, rows, columns):
+    """How full each cell of a grid over the pattern is.
+
+    Args:
+        pattern: a predicate `(q_pos, k_pos) -> bool`.
+        n, m: numbers of queries and keys.
+        rows, columns: numbers of cells, at most `n` and `m`.
+
+    Returns:
+        A `(rows, columns)` float array of shares in [0, 1].
+    """
+    edges = np.linspace(0, m, columns + 1).astype(int)
+    k_pos = np.arange(m)[None, :]
+    grid = []
+    for positions in np.array_split(np.arange(n), rows):
+        chosen = np.linspace(0, len(positions) - 1, min(_SAMPLES, len(positions))).astype(int)
+        allowed = np.asarray(pattern(positions[chosen][:, None], k_pos))
+        share = np.broadcast_to(allowed, (len(chosen), m)).mean(axis=0)
+        grid.append(np.add.reduceat(share, edges[:-1]) / np.diff(edges))
+    return np.array(grid)
+
+
+def text(pattern, n, m, width):
+    """Lines of text, one character a cell; see `Pattern.text`."""
+    grid = shares(pattern, n, m, min(n, max(1, width // 2)), min(m, width))
+    levels = np.ceil(grid * 4 - 1e-9).astype(int)
+    return "\n".join("".join(" ░▒▓█"[level] for level in line).rstrip() for line in levels)
+
+
+def svg(pattern, n, m, cells):
+    """An SVG drawing, one square a cell; see `Pattern.svg`."""
+    grid = shares(pattern, n, m, min(n, cells), min(m, cells))
+    height, width = (size * _CELL for size in grid.shape)
+    squares = []
+    for row, line in enumerate(grid):
+        for start, stop, share in _runs(line):
+            opacity = 0.25 + 0.75 * share  # even one pair in a cell is seen
+            squares.append(
+                f'<rect x="{start * _CELL}" y="{row * _CELL}" '
+                f'width="{(stop - start) * _CELL}" height="{_CELL}" opacity="{opacity:.2f}"/>'
+            )
+    title = f"{pattern!r}, {n} queries (down) by {m} keys (across)"
+    title = title.replace("&", "&amp;").replace("<", "&lt;")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{2 * width // 3}" height="{2 * height // 3}"><title>{title}</title>'
+        f'<rect width="{width}" height="{height}" fill="{_EMPTY}"/>'
+        f'<g fill="{_ALLOWED}" shape-rendering="crispEdges">{"".join(squares)}</g></svg>'
+    )
+
+
+def _runs(line):
+    """Stretches of equal shares above 0: `(start, stop, share)`."""
+    cuts = [0, *(np.flatnonzero(np.diff(line)) + 1), len(line)]
+    return [(a, b, line[a]) for a, b in itertools.pairwise(cuts) if line[a] > 0]
