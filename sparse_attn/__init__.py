@@ -41,3 +41,4 @@ __all__ = [
 # Patterns know numpy only; here they are made known to Keras' saving.
 for _kind in Pattern.__subclasses__():
     _keras.saving.register_keras_serializable(package="sparse_attn")(_kind)
+del _kind
