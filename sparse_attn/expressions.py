@@ -50,9 +50,7 @@ def _pattern(node):
             if None not in given:
                 return _NAMES[name](*map(_argument, arguments), **given)
         case ast.Name(name) if name in _NAMES:
-            raise ValueError(
-                f"A pattern is made by a call. Received: {name}; did you mean {name}()?"
-            )
+            raise ValueError(f"A pattern is made by a call, {name}(...). Received: {name}")
     raise ValueError(
         f"A pattern must be made of {', '.join(sorted(_NAMES))}, `&`, `|` and `~`. "
         f"Received: {ast.unparse(node)}"

@@ -91,7 +91,7 @@ def sparse_attention(
     # Padding may hold anything: 0 * NaN would reach valid outputs and gradients.
     query = zero_masked(query, query_mask)
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
-    query = query * ops.cast(query.shape[-1] ** -0.5 if scale is None else scale, query.dtype)
+    query = query * _scale(query, scale)
 
     if query_positions is None:
         parts = plan(pattern, query.shape[1], key.shape[1]).parts
@@ -225,7 +225,7 @@ def attention_weights(
     query_mask, key_mask, attention_mask, _ = masks
     pattern.check_lengths(query.shape[1], key.shape[1])
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
-    query = query * ops.cast(query.shape[-1] ** -0.5 if scale is None else scale, query.dtype)
+    query = query * _scale(query, scale)
     q_pos, k_pos = ops.arange(n, dtype="int32"), ops.arange(m, dtype="int32")
     mask = _evaluate(pattern, q_pos[:, None], k_pos[None, :])
     mask = ops.broadcast_to(mask, (n, m))[None, None]
@@ -236,6 +236,11 @@ def attention_weights(
     if attention_mask is not None:
         mask = mask & attention_mask
     return masked_softmax(ops.einsum("bihd,bjhd->bhij", query, key), mask)
+
+
+def _scale(query, scale):
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return ops.convert_to_tensor(scale, dtype=query.dtype)
 
 
 def _check_tensors(query, key, value):

@@ -148,7 +148,9 @@ class Stairs:
 
     @property
     def pads_keys(self):
-        return self.rate > 1 and (self.m is None or self.m % self.rate > 0)
+        if self.m is None:
+            return self.rate > 1 or any(k1 is not None for *_, k1 in self.steps)
+        return self.m % self.rate > 0
 
     @property
     def scored_pairs(self):

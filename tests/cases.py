@@ -1,0 +1,124 @@
+"""Patterns to test with: some fixed, and random expressions over all of them."""
+
+from dataclasses import dataclass
+
+import keras
+from hypothesis import strategies as st
+
+from sparse_attn import (
+    Atrous,
+    Band,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Local,
+    Pattern,
+    Prefix,
+    Strided,
+)
+
+LENGTHS = [1, 2, 3, 5, 7, 8, 12, 13, 257]
+UNEQUAL = [(1, 5), (5, 1), (7, 12), (12, 7), (13, 257), (257, 13)]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Diagonals(Pattern):
+    """A user's plain subclass: it defines nothing but the predicate."""
+
+    def __call__(self, q_pos, k_pos):
+        return (q_pos - k_pos) * (q_pos - k_pos) % 3 == 1
+
+
+@keras.saving.register_keras_serializable(package="tests")
+@dataclass(frozen=True)
+class Near(Pattern):
+    """A user's dataclass with parameters of its own."""
+
+    reach: int
+    sides: tuple = (1, 1)
+
+    def __call__(self, q_pos, k_pos):
+        left, right = self.sides
+        distance = k_pos - q_pos
+        return (distance >= -left * self.reach) & (distance <= right * self.reach)
+
+
+LEAVES = [
+    Full(),
+    Causal(),
+    Local(0),
+    Local(3),
+    Local((4, 1)),
+    Local((None, 2)),
+    Local((2, None)),
+    Atrous(1),
+    Atrous(3),
+    Atrous(64),
+    Strided(1),
+    Strided(4),
+    Dilated(2, 3),
+    Blocks(1),
+    Blocks(5),
+    Prefix(0),
+    Prefix(4),
+    Band(-2, 5),
+    Diagonals(),
+    Near(2),
+]
+
+EXPRESSIONS = [
+    Causal() & Local(3),
+    Causal() & Strided(4),
+    Causal() & (Local(3) | Prefix(2)),
+    Causal() | Prefix(4),
+    Atrous(4) & Local(10),
+    Atrous(4) & Atrous(6),
+    Local(2) | Local(5),
+    Local(2) | Causal(),
+    ~Causal(),
+    ~Local(2),
+    ~(Local(2) | Atrous(3)),
+    ~(Causal() & Atrous(2)),
+    Blocks(4) & Causal(),
+    Blocks(4) | Blocks(6),
+    Blocks(6) & Atrous(2),
+    Prefix(3) & Local(6),
+    Atrous(2) | Atrous(3) | Atrous(5) | Blocks(7) | Prefix(1),
+    Causal() & ~Causal(),
+    Diagonals() & Local(4),
+    (Diagonals() | Near(1)) & ~Prefix(1),
+]
+
+
+def _leaves():
+    small = st.integers(0, 6)
+    rate = st.integers(1, 6)
+    side = st.one_of(st.none(), small)
+    signed = st.one_of(st.none(), st.integers(-6, 6))
+    return st.one_of(
+        st.just(Full()),
+        st.just(Causal()),
+        st.just(Diagonals()),
+        st.builds(Local, small),
+        st.builds(Local, st.tuples(side, side)),
+        st.builds(Atrous, rate),
+        st.builds(Strided, rate),
+        st.builds(Dilated, small, rate),
+        st.builds(Blocks, rate),
+        st.builds(Prefix, small),
+        st.builds(Band, signed, signed, rate),
+        st.builds(Near, small),
+    )
+
+
+def _join(inner):
+    return st.one_of(
+        st.builds(lambda a, b: a & b, inner, inner),
+        st.builds(lambda a, b: a | b, inner, inner),
+        st.builds(lambda a: ~a, inner),
+    )
+
+
+expressions = st.recursive(_leaves(), _join, max_leaves=6)
+lengths = st.sampled_from([1, 2, 3, 5, 7, 8, 12, 13, 29, 67])

@@ -1,0 +1,170 @@
+"""Compiled functions: with known and unknown length, with and without XLA."""
+
+import keras
+import numpy as np
+import pytest
+
+from sparse_attn import Atrous, Blocks, Causal, Full, Local, Prefix, Strided, sparse_attention
+from sparse_attn.reference import dense_attention
+from tests.cases import EXPRESSIONS
+from tests.compare import FLOAT, close, random_inputs, random_masks, to_numpy
+
+tf = pytest.importorskip("tensorflow")
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="tf.function is TensorFlow's"
+)
+
+PATTERNS = [Full(), Causal(), Local(3), Atrous(4), Strided(3), Blocks(4), Prefix(3), *EXPRESSIONS]
+
+
+def with_gradients(pattern, lse=True, **options):
+    """A function of tensors: output, lse and gradients of a fixed weighted sum."""
+
+    def function(q, k, v, key_mask, out_grad):
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, v])
+            out, lse = sparse_attention(
+                q, k, v, pattern, key_mask=key_mask, return_lse=True, **options
+            )
+            finite = tf.math.is_finite(lse)
+            loss = tf.reduce_sum(out * out_grad) + tf.reduce_sum(tf.where(finite, lse, 0))
+        return out, lse, *tape.gradient(loss, [q, k, v], unconnected_gradients="zero")
+
+    return function
+
+
+def compiled(pattern, length, xla):
+    specs = [tf.TensorSpec((None, length, 2, size), FLOAT) for size in (4, 4, 3)]
+    specs += [
+        tf.TensorSpec((None, length), "bool"),
+        tf.TensorSpec((None, length, 2, 3), FLOAT),
+    ]
+    return tf.function(with_gradients(pattern), input_signature=specs, jit_compile=xla)
+
+
+@pytest.mark.parametrize("xla", [False, True], ids=["plain", "xla"])
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_compiled_equals_oracle(pattern, known, xla):
+    sizes = [13] if known else [13, 70]  # no block divides these
+    function = compiled(pattern, sizes[0] if known else None, xla)
+    for n in sizes:
+        q, k, v = random_inputs(n, n)
+        key_mask = random_masks(n, n)["key_mask"]
+        out_grad = np.random.default_rng(1).normal(size=(2, n, 2, 3)).astype(FLOAT)
+        found = [to_numpy(x) for x in function(q, k, v, key_mask, out_grad)]
+        _, lse = dense_attention(q, k, v, pattern, key_mask=key_mask)
+        out, lse, gradients = dense_attention(
+            q, k, v, pattern, key_mask=key_mask, out_grad=out_grad,
+            lse_grad=np.isfinite(lse).astype(float),
+        )  # fmt: skip
+        for name, x, y in zip(
+            ["out", "lse", *gradients], found, [out, lse, *gradients.values()], strict=True
+        ):
+            close(x, y, f"{name} of {pattern!r} at n = {n}")
+
+
+def test_positions_of_a_decoder_may_be_a_tensor():
+    pattern = Causal() & (Local(4) | Prefix(2))
+    q, k, v = random_inputs(3, 40)
+    spec = [tf.TensorSpec((2, None, 2, size), FLOAT) for size in (4, 4, 3)]
+
+    @tf.function(input_signature=[*spec, tf.TensorSpec((), "int32")])
+    def step(q, k, v, start):
+        return sparse_attention(q, k, v, pattern, query_positions=start)
+
+    for start in (0, 7, 37):
+        expected, _ = dense_attention(q, k, v, pattern, query_positions=start)
+        close(to_numpy(step(q, k, v, start)), expected, f"start {start}")
+
+
+def test_dropout_compiled_draws_anew_each_call():
+    seed = keras.random.SeedGenerator(3)
+    q, k, v = random_inputs(29, 29)
+
+    @tf.function
+    def function():
+        return sparse_attention(q, k, v, Strided(3), dropout=0.5, seed=seed)
+
+    first, second = to_numpy(function()), to_numpy(function())
+    assert np.abs(first - second).max() > 0
+
+
+# ---- Nothing of size n * n ---------------------------------------------------
+
+SPARSE = [
+    Local(16),
+    Causal() & Local(16),
+    Blocks(32),
+    Prefix(8),
+    Causal() & (Local(16) | Prefix(4)),
+    Local(16) & Atrous(4),
+    Blocks(32) & Causal(),
+    ~(Causal() | ~Local(16)),
+    Local(16) | Blocks(32),
+]
+
+
+def largest_tensor(graph):
+    """Elements of the largest tensor of a traced graph, in its functions too; constants too."""
+    functions = [graph, *(f.graph for f in graph._functions.values() if hasattr(f, "graph"))]
+    sizes = [
+        int(np.prod(tensor.shape))
+        for function in functions
+        for operation in function.get_operations()
+        for tensor in operation.outputs
+        if tensor.shape.is_fully_defined()
+    ]
+    return max(sizes)
+
+
+@pytest.mark.parametrize("pattern", SPARSE, ids=repr)
+def test_no_tensor_of_the_graph_grows_faster_than_the_length(pattern):
+    def trace(n):
+        specs = [tf.TensorSpec((1, n, 2, 8), "float32")] * 3
+        specs += [tf.TensorSpec((1, n), "bool"), tf.TensorSpec((1, n, 2, 8), "float32")]
+        return tf.function(with_gradients(pattern)).get_concrete_function(*specs).graph
+
+    short, long = largest_tensor(trace(2048)), largest_tensor(trace(16384))
+    assert long <= 8.5 * short
+    assert long < 16384**2 / 50
+
+
+@pytest.mark.parametrize("pattern", [Local(64), Causal() & (Local(64) | Prefix(4))], ids=repr)
+def test_a_length_whose_square_would_not_fit_in_memory(pattern):
+    n = 200_000  # n * n bools are 40 GB
+    x = np.ones((1, n, 1, 2), "float32")
+    out = to_numpy(sparse_attention(x, x, x, pattern))
+    np.testing.assert_allclose(out, x, rtol=1e-5)
+
+
+# ---- A fusion that took 500 times as long ------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [Full(), Causal(), Causal() | Prefix(4)], ids=repr)
+def test_compiled_dense_pass_is_no_slower_than_the_plain_operation(pattern):
+    import time
+
+    n = 2048
+    x = tf.constant(np.random.default_rng(0).normal(size=(1, n, 4, 16)).astype("float32"))
+    mask = tf.constant(pattern.mask(n))
+
+    def ours(x):
+        return sparse_attention(x, x, x, pattern)
+
+    def plain(x):
+        scores = tf.einsum("bihd,bjhd->bhij", x, x) / 4
+        weights = tf.nn.softmax(tf.where(mask, scores, -1e30))
+        return tf.einsum("bhij,bjhd->bihd", weights, x)
+
+    def seconds(function):
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            function(x).numpy()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    compiled_ours, compiled_plain = tf.function(ours), tf.function(plain)
+    np.testing.assert_allclose(compiled_ours(x), compiled_plain(x), atol=1e-5)
+    assert seconds(compiled_ours) < 3 * seconds(compiled_plain)

@@ -1,0 +1,455 @@
+"""`sparse_attention` against the oracle: values, log-sum-exp and gradients."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_attn import (
+    Atrous,
+    Blocks,
+    Causal,
+    Full,
+    Local,
+    Pattern,
+    Prefix,
+    Strided,
+    merge_attention,
+    sparse_attention,
+)
+from sparse_attn.functional import attention_weights
+from sparse_attn.reference import dense_attention
+from tests.cases import EXPRESSIONS, LEAVES, LENGTHS, UNEQUAL, expressions, lengths
+from tests.compare import (
+    FLOAT,
+    assert_equals_oracle,
+    close,
+    outputs_and_gradients,
+    random_inputs,
+    random_masks,
+    to_numpy,
+)
+
+SOME = [
+    Full(),
+    Causal(),
+    Local(3),
+    Causal() & Strided(4),
+    Causal() & (Local(2) | Prefix(2)),
+    Blocks(4),
+    ~Local(2),
+]
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("pattern", LEAVES, ids=repr)
+def test_equals_oracle(pattern, n):
+    assert_equals_oracle(pattern, n, n, **random_masks(n, n))
+
+
+@pytest.mark.parametrize("n", [1, 7, 13, 257])
+@pytest.mark.parametrize("pattern", EXPRESSIONS, ids=repr)
+def test_combinations_equal_oracle(pattern, n):
+    assert_equals_oracle(pattern, n, n, **random_masks(n, n))
+
+
+@pytest.mark.parametrize(("n", "m"), UNEQUAL)
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_unequal_lengths_equal_oracle(pattern, n, m):
+    assert_equals_oracle(pattern, n, m, **random_masks(n, m))
+
+
+@given(expressions, lengths, lengths, st.integers(0, 100), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_any_expression_equals_oracle(pattern, n, m, seed, share):
+    assert_equals_oracle(pattern, n, m, seed, **random_masks(n, m, seed, share=share))
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_without_masks(pattern):
+    assert_equals_oracle(pattern, 29, 29)
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_lse_is_optional_and_changes_nothing(pattern):
+    q, k, v = random_inputs(29, 29)
+    out, _ = sparse_attention(q, k, v, pattern, return_lse=True)
+    np.testing.assert_array_equal(to_numpy(sparse_attention(q, k, v, pattern)), to_numpy(out))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 3.0])
+def test_scale(scale):
+    assert_equals_oracle(Local(3), 13, 13, scale=scale)
+
+
+# ---- Masks and biases for every pair -----------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(13, 12), (2, 13, 12), (1, 1, 13, 12), (2, 2, 13, 12)])
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_attention_mask(pattern, shape):
+    mask = np.random.default_rng(3).random(shape) < 0.6
+    assert_equals_oracle(pattern, 13, 12, attention_mask=mask, **random_masks(13, 12))
+
+
+@pytest.mark.parametrize("shape", [(13, 12), (2, 13, 12), (1, 2, 13, 12), (2, 2, 13, 12)])
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_bias_and_its_gradient(pattern, shape):
+    bias = np.random.default_rng(3).normal(size=shape)
+    assert_equals_oracle(pattern, 13, 12, bias=bias, **random_masks(13, 12))
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_a_bias_of_minus_infinity_is_a_mask(pattern):
+    q, k, v = random_inputs(13, 13)
+    mask = np.random.default_rng(3).random((13, 13)) < 0.4
+    bias = np.where(mask, 0, -np.inf)
+    out, lse = sparse_attention(q, k, v, pattern, bias=bias, return_lse=True)
+    expected, expected_lse = sparse_attention(
+        q, k, v, pattern, attention_mask=mask, return_lse=True
+    )
+    close(to_numpy(out), to_numpy(expected), "out")
+    close(to_numpy(lse), to_numpy(expected_lse), "lse")
+
+
+# ---- Positions of a decoder --------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", [0, 5, 40, np.array([3, 3, 0, 12]), np.array([50, 1, 9, 28])])
+@pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
+def test_query_positions(pattern, positions):
+    masks = random_masks(4, 29)
+    assert_equals_oracle(pattern, 4, 29, query_positions=positions, **masks)
+
+
+@pytest.mark.parametrize("pattern", [Causal() & p for p in SOME], ids=repr)
+def test_decoding_step_by_step_equals_the_whole(pattern):
+    n = 21
+    q, k, v = random_inputs(n, n)
+    whole = to_numpy(sparse_attention(q, k, v, pattern))
+    for i in range(n):
+        step = sparse_attention(q[:, i : i + 1], k, v, pattern, query_positions=i)
+        close(to_numpy(step)[:, 0], whole[:, i], f"step {i} of {pattern!r}")
+
+
+# ---- Padding and rows with nothing to attend to ------------------------------
+
+
+@pytest.mark.parametrize("poison", [np.nan, 1e30, np.inf])
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_what_padding_holds_changes_nothing(pattern, poison):
+    n = 29
+    q, k, v = random_inputs(n, n)
+    masks = random_masks(n, n)
+    cotangents = [np.random.default_rng(8).normal(size=(*q.shape[:3], v.shape[-1]))]
+
+    def function(q, k, v):
+        return [sparse_attention(q, k, v, pattern, **masks)]
+
+    expected, expected_gradients = outputs_and_gradients(function, (q, k, v), cotangents)
+    q[~masks["query_mask"]] = poison
+    k[~masks["key_mask"]] = poison
+    v[~masks["key_mask"]] = poison
+    found, gradients = outputs_and_gradients(function, (q, k, v), cotangents)
+    np.testing.assert_array_equal(found[0], expected[0])
+    for gradient, same in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_array_equal(gradient, same)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_a_query_with_no_key_gives_zero(pattern, dtype, dropout):
+    n = 13
+    inputs = [x.astype("float32") for x in random_inputs(n, n)]
+    key_mask = np.ones((2, n), bool)
+    key_mask[1] = False  # nothing at all in one sequence
+    cotangents = [np.ones((2, n, 2, 3), "float32"), np.zeros((2, n, 2), "float32")]
+
+    def function(*inputs):
+        inputs = [keras.ops.cast(x, dtype) for x in inputs]
+        out, lse = sparse_attention(
+            *inputs, pattern, key_mask=key_mask, dropout=dropout, seed=1, return_lse=True
+        )
+        return keras.ops.cast(out, "float32"), lse
+
+    (out, lse), gradients = outputs_and_gradients(function, inputs, cotangents)
+    assert (out[1] == 0).all()
+    assert (lse[1] == -np.inf).all()
+    empty = ~pattern.mask(n).any(axis=1)
+    assert (out[0][empty] == 0).all()
+    assert (lse[0][empty] == -np.inf).all()
+    assert np.isfinite(lse[0][~empty]).all()
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+        assert (gradient[1] == 0).all()
+
+
+def test_a_pattern_that_allows_nothing():
+    assert_equals_oracle(Causal() & ~Causal(), 8, 8)
+
+
+# ---- Half precision ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_half_precision(pattern, dtype):
+    n = 64
+    q, k, v = random_inputs(n, n, dtype="float32")
+    masks = random_masks(n, n)
+    halves = [keras.ops.cast(x, dtype) for x in (q, k, v)]
+    out, lse = sparse_attention(*halves, pattern, return_lse=True, **masks)
+    assert keras.backend.standardize_dtype(out.dtype) == dtype
+    assert keras.backend.standardize_dtype(lse.dtype) == "float32"
+    rounded = [to_numpy(keras.ops.cast(x, "float32")) for x in halves]
+    expected, expected_lse = dense_attention(*rounded, pattern, **masks)
+    close(to_numpy(keras.ops.cast(out, "float32")), expected, "out", dtype)
+    close(to_numpy(lse), expected_lse, "lse", dtype)
+
+
+# ---- Dropout -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_dropout_has_the_right_expectation_and_leaves_lse(pattern):
+    n = 13
+    q, k, v = (x.astype("float32") for x in random_inputs(n, n))
+    masks = random_masks(n, n)
+    expected, expected_lse = dense_attention(q, k, v, pattern, **masks)
+    seed = keras.random.SeedGenerator(0)
+    outs = []
+    for _ in range(60):  # many independent draws at once, as a large batch
+        many = [np.repeat(x, 20, axis=0) for x in (q, k, v)]
+        wide = {name: np.repeat(mask, 20, axis=0) for name, mask in masks.items()}
+        out, lse = sparse_attention(*many, pattern, dropout=0.3, seed=seed, return_lse=True, **wide)
+        outs.append(to_numpy(out).reshape(2, 20, *out.shape[1:]).mean(axis=1))
+    close(to_numpy(lse)[::20], expected_lse, "lse", "float32")
+    spread = np.std(outs, axis=0) / len(outs) ** 0.5 + 1e-6
+    assert (np.abs(np.mean(outs, axis=0) - expected) / spread).max() < 6
+
+
+def test_dropout_drops_each_weight_with_its_probability():
+    n = 64
+    value = np.eye(n, dtype="float32")[None, :, None, :]  # out shows the weights themselves
+    zeros = np.zeros((1, n, 1, 4), "float32")
+    for pattern in (Full(), Local(8), Causal() & Strided(8)):
+        out = to_numpy(sparse_attention(zeros, zeros, value, pattern, dropout=0.25, seed=7))
+        allowed = pattern.mask(n)
+        kept = out[0, :, 0, :] > 0
+        assert not kept[~allowed].any()
+        share = kept[allowed].mean()
+        assert abs(share - 0.75) < 5 * (0.75 * 0.25 / allowed.sum()) ** 0.5
+        weights = allowed / allowed.sum(axis=1, keepdims=True) / 0.75
+        np.testing.assert_allclose(out[0, :, 0, :][kept], weights[kept], rtol=1e-5)
+
+
+def test_dropout_is_the_same_for_the_same_seed():
+    inputs = random_inputs(29, 29)
+    one, again, other = (
+        to_numpy(sparse_attention(*inputs, Strided(3), dropout=0.5, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0
+
+
+def test_gradient_under_dropout_is_that_of_the_weights_kept():
+    q, k, v = random_inputs(13, 13)
+    rng = np.random.default_rng(0)
+    cotangent = rng.normal(size=(2, 13, 2, 3))
+
+    def function(*inputs):
+        return [sparse_attention(*inputs, Causal() & Strided(3), dropout=0.4, seed=3)]
+
+    _, gradients = outputs_and_gradients(function, (q, k, v), [cotangent])
+    step = 1e-6 if FLOAT == "float64" else 1e-2
+    for position, gradient in enumerate(gradients):
+        direction = rng.normal(size=gradient.shape).astype(FLOAT)
+        losses = []
+        for sign in (1, -1):
+            moved = [q, k, v]
+            moved[position] = moved[position] + sign * step * direction
+            losses.append((to_numpy(function(*moved)[0]) * cotangent).sum())
+        expected = (losses[0] - losses[1]) / (2 * step)
+        tolerance = 1e-6 if FLOAT == "float64" else 5e-2
+        np.testing.assert_allclose((gradient * direction).sum(), expected, rtol=tolerance)
+
+
+# ---- Merging -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [0, 1, 6, 13])
+def test_merge_over_two_sets_of_keys_equals_attention_over_both(cut):
+    q, k, v = random_inputs(7, 13)
+    rng = np.random.default_rng(4)
+    masks = random_masks(7, 13)
+    first = np.zeros((7, 13), bool)
+    first[:, :cut] = True
+    out, lse = dense_attention(q, k, v, Full(), **masks)
+    cotangents = (
+        rng.normal(size=out.shape),
+        np.where(np.isfinite(lse), rng.normal(size=lse.shape), 0),
+    )
+
+    def function(q, k, v):
+        return merge_attention(
+            [
+                sparse_attention(q, k, v, Full(), attention_mask=mask, return_lse=True, **masks)
+                for mask in (first, ~first)
+            ]
+        )
+
+    expected, expected_lse, expected_gradients = dense_attention(
+        q, k, v, Full(), out_grad=cotangents[0], lse_grad=cotangents[1], **masks
+    )
+    found, gradients = outputs_and_gradients(function, (q, k, v), cotangents)
+    close(found[0], expected, "out")
+    close(found[1], expected_lse, "lse")
+    for name, gradient in zip(expected_gradients, gradients, strict=True):
+        close(gradient, expected_gradients[name], name)
+
+
+def test_merge_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="`parts` must be a non-empty list"):
+        merge_attention([])
+
+
+# ---- The weights themselves --------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_weights_times_values_are_the_output(pattern):
+    q, k, v = random_inputs(13, 12)
+    masks = random_masks(13, 12)
+    weights = to_numpy(attention_weights(q, k, pattern, **masks))
+    out = to_numpy(sparse_attention(q, k, v, pattern, **masks))
+    close(np.einsum("bhij,bjhe->bihe", weights, v), out, "out")
+    assert (weights[:, :, ~pattern.mask(13, 12)] == 0).all()
+
+
+# ---- Bad input ---------------------------------------------------------------
+
+Q, K, V = random_inputs(6, 7, dtype="float32")
+BOOLS = np.ones((2, 6), bool)
+
+
+class Answers(Pattern):
+    """Answers with whatever it was made with."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, q_pos, k_pos):
+        return self.answer(q_pos, k_pos)
+
+
+BAD = [
+    (lambda: sparse_attention(Q, K, V, "local"), TypeError, "`pattern` must be a Pattern.*'local'"),
+    (
+        lambda: sparse_attention(Q[0], K, V, Full()),
+        ValueError,
+        r"`query` must have shape \(any, any, any, any\). Received: query.shape=\(6, 2, 4\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K[:, :, :1], V, Full()),
+        ValueError,
+        r"`key` must have shape \(2, any, 2, 4\). Received: key.shape=\(2, 7, 1, 4\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V[:, :5], Full()),
+        ValueError,
+        r"`value` must have shape \(2, 7, 2, any\). Received: value.shape=\(2, 5, 2, 3\)",
+    ),
+    (
+        lambda: sparse_attention(Q.astype("int32"), K, V, Full()),
+        TypeError,
+        "`query` must be of a float dtype. Received: query.dtype=int32",
+    ),
+    (
+        lambda: sparse_attention(Q, K.astype("float16"), V, Full()),
+        TypeError,
+        "`key.dtype` must be that of `query`",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), key_mask=BOOLS),
+        ValueError,
+        r"`key_mask` must have shape \(2, 7\). Received: key_mask.shape=\(2, 6\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_mask=BOOLS.astype("int32")),
+        TypeError,
+        "`query_mask` must be bool, True = may be attended. Received: query_mask.dtype=int32",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((3, 6, 7), bool)),
+        ValueError,
+        r"`attention_mask` must have shape \(6, 7\) or \(2, 6, 7\) or \(1 or 2, 1 or 2, 6, 7\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((6, 7), "float32")),
+        TypeError,
+        "`attention_mask` must be bool",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), bias=np.ones((7, 6))),
+        ValueError,
+        r"`bias` must have shape .* Received: bias.shape=\(7, 6\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), dropout=1.0),
+        ValueError,
+        r"`dropout` must be a number in \[0, 1\). Received: dropout=1.0",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), dropout="0.1"),
+        TypeError,
+        r"`dropout` must be a number in \[0, 1\). Received: dropout='0.1'",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_positions=-1),
+        ValueError,
+        "`query_positions` must be a non-negative int. Received: query_positions=-1",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_positions=np.arange(5)),
+        ValueError,
+        r"`query_positions` must have shape \(\) or \(6\). .*shape=\(5,\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_positions=np.ones(6)),
+        TypeError,
+        "`query_positions` must be of an int dtype",
+    ),
+    (
+        lambda: sparse_attention(keras.Input((6, 2, 4)), K, V, Full()),
+        TypeError,
+        "`query` must be a tensor or an array; in a functional model use a layer",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Answers(lambda q, k: q - k)),
+        TypeError,
+        "must be bool, True = may be attended. .*dtype=int32",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Answers(lambda q, k: np.ones((3, 3), bool))),
+        ValueError,
+        r"must have shape \(1, 1 or 6, 1 or 7\). .*shape=\(1, 3, 3\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_atrous_of_one_is_full():
+    q, k, v = random_inputs(13, 13)
+    close(
+        to_numpy(sparse_attention(q, k, v, Atrous(1))),
+        to_numpy(sparse_attention(q, k, v, Full())),
+        "out",
+    )

@@ -1,0 +1,75 @@
+"""The direction of imports, which is the architecture, read from the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sparse_attn
+
+ROOT = Path(sparse_attn.__file__).parent
+# What each module of the package may import, of the package and of elsewhere.
+ALLOWED = {
+    "checks": {"operator"},
+    "pictures": {"itertools", "numpy"},
+    "patterns": {"abc", "dataclasses", "functools", "operator", "numpy", "checks", "pictures"},
+    "expressions": {"ast", "patterns"},
+    "layouts": {"itertools", "math", "dataclasses", "numpy", "einops", "keras"},
+    "masking": {"keras", "checks"},
+    "reference": {"numpy"},
+    "plan": {"functools", "itertools", "math", "dataclasses", "numpy", "checks", "layouts"}
+    | {"patterns"},
+    "attend": {"functools", "einops", "keras", "masking"},
+    "functional": {"keras", "einops", "attend", "checks", "masking", "patterns", "plan"},
+}
+
+
+def imports(path, functions=False):
+    """Names of the modules that a file imports, at its top or within functions."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found = set()
+    for node in ast.walk(tree):
+        if (id(node) in top) == functions:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            is_package = node.module == "sparse_attn"
+            names = [f"{node.module}.{a.name}" if is_package else node.module for a in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            found.add(parts[1] if parts[0] == "sparse_attn" else parts[0])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_module_imports_only_what_lies_below_it(name):
+    assert imports(ROOT / f"{name}.py") <= ALLOWED[name]
+
+
+def test_every_module_is_listed():
+    known = {*ALLOWED, "__init__", "__main__", "_version"}
+    assert {path.stem for path in ROOT.glob("*.py")} == known
+
+
+def test_nothing_but_the_main_job_imports_layers():
+    users = {path.stem for path in ROOT.glob("*.py") if "layers" in imports(path)}
+    assert users == {"__main__"}
+
+
+def test_patterns_meet_keras_only_to_be_saved():
+    assert imports(ROOT / "patterns.py", functions=True) == {"keras"}
+    others = [path for path in ROOT.rglob("*.py") if path.stem != "patterns"]
+    assert all(imports(path, functions=True) == set() for path in others)
+
+
+def test_main_job_uses_the_public_api_only():
+    tree = ast.parse((ROOT / "__main__.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("sparse_attn"):
+            module = __import__(node.module, fromlist=["__all__"])
+            assert {alias.name for alias in node.names} <= set(module.__all__)
+    assert len((ROOT / "__main__.py").read_text().splitlines()) < 150

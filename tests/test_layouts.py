@@ -1,0 +1,101 @@
+"""Layouts: nothing is lost by cutting into tiles, and every tile has the keys it must."""
+
+import keras
+import numpy as np
+import pytest
+from einops import rearrange
+
+from sparse_attn.layouts import (
+    Halo,
+    Rows,
+    Stairs,
+    band_layout,
+    block_layout,
+    column_layout,
+    crop,
+)
+from tests.cases import LENGTHS
+from tests.compare import to_numpy
+
+LAYOUTS = {
+    "halo": lambda n: Halo(1, 4, -3, 6, n),
+    "dilated halo": lambda n: Halo(3, 2, -1, 3, n),
+    "halo ahead": lambda n: Halo(2, 4, 5, 12, n),
+    "halo behind": lambda n: Halo(2, 4, -9, -2, n),
+    "blocks": lambda n: block_layout(5, n),
+    "band": lambda n: band_layout(3, 2, 2, n, n),
+    "causal": lambda n: band_layout(None, 0, 1, n, n),
+    "comb": lambda n: band_layout(None, None, 3, n, n),
+    "columns": lambda n: column_layout(4, n, n),
+    "rows": lambda n: Rows(keras.ops.arange(n)[:, None] + keras.ops.arange(3)[None, :]),
+}
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_join_undoes_split_bit_for_bit(name, n):
+    layout = LAYOUTS[name](n)
+    x = np.random.default_rng(0).normal(size=(2, n, 3, 4)).astype("float32")
+    tiles = layout.split_queries(keras.ops.convert_to_tensor(x))
+    np.testing.assert_array_equal(to_numpy(layout.join(tiles, n)), x)
+
+
+@pytest.mark.parametrize("m", [1, 5, 12, 257])
+@pytest.mark.parametrize("n", [1, 7, 13, 64])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "rows"])
+def test_keys_of_a_tile_are_where_the_layout_says(name, n, m):
+    layout = LAYOUTS[name](n)
+    if isinstance(layout, Stairs):  # these are made for both lengths
+        layout = {
+            "band": band_layout(3, 2, 2, n, m),
+            "causal": band_layout(None, 0, 1, n, m),
+            "comb": band_layout(None, None, 3, n, m),
+            "columns": column_layout(4, n, m),
+        }[name]
+    x = np.arange(1, m + 1, dtype="float32")  # 0 is padding
+    tiles = layout.split_keys(keras.ops.convert_to_tensor(x[None, :, None, None]), n)
+    found = [to_numpy(rearrange(tile, "1 1 t j 1 -> t j")) for tile in tiles]
+    if isinstance(layout, Halo):
+        blocks = -(-n // (layout.rate * layout.width))
+        starts = [(r, t * layout.width) for r in range(layout.rate) for t in range(blocks)]
+        expected = [
+            [
+                [(u * layout.rate + r) for u in range(at + layout.first, at + layout.last)]
+                for r, at in starts
+            ]
+        ]
+    else:
+        keys = -(-m // layout.rate)
+        expected = [
+            [
+                [u * layout.rate + r for u in range(k0, keys if k1 is None else k1)]
+                for r in range(layout.rate)
+            ]
+            for _, _, k0, k1 in layout.steps
+        ]
+    for tile, positions in zip(found, expected, strict=True):
+        positions = np.array(positions)
+        inside = (positions >= 0) & (positions < m)
+        np.testing.assert_array_equal(tile, np.where(inside, positions + 1, 0))
+
+
+def test_rows_gathers_by_index_and_pads_with_zeros():
+    layout = Rows(keras.ops.convert_to_tensor(np.array([[0, 2], [-1, 4], [3, 5]])))
+    x = keras.ops.convert_to_tensor(np.arange(1.0, 6.0)[None, :, None, None])
+    (tile,) = layout.split_keys(x, 3)
+    assert to_numpy(tile)[0, 0, :, :, 0].tolist() == [[1, 3], [0, 5], [4, 0]]
+
+
+@pytest.mark.parametrize("start", [-7, -2, 0, 3, 9])
+@pytest.mark.parametrize("length", [1, 5, 12])
+def test_crop(start, length):
+    x = np.arange(1.0, 7.0)[None, :, None]
+    rows = [x[0, i, 0] if 0 <= i < 6 else 0 for i in range(start, start + length)]
+    assert to_numpy(crop(keras.ops.convert_to_tensor(x), start, length))[0, :, 0].tolist() == rows
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_a_length_that_divides_gets_no_extra_block(size):
+    x = keras.ops.zeros((1, 4 * size, 1, 1))
+    (tile,) = block_layout(size, 4 * size).split_queries(x)
+    assert tuple(tile.shape) == (1, 1, 4, size, 1)

@@ -1,0 +1,371 @@
+"""Patterns: their meaning, their algebra, and how they are named, compared and saved."""
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from sparse_attn import (
+    Atrous,
+    Band,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Local,
+    Pattern,
+    Prefix,
+    Strided,
+    parse_pattern,
+)
+from tests.cases import EXPRESSIONS, LEAVES, Diagonals, Near, expressions
+
+DRAWN = {
+    Full(): """
+        1 1 1 1 1 1
+        1 1 1 1 1 1
+        1 1 1 1 1 1
+        1 1 1 1 1 1
+        1 1 1 1 1 1
+        1 1 1 1 1 1""",
+    Causal(): """
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        1 1 1 1 0 0
+        1 1 1 1 1 0
+        1 1 1 1 1 1""",
+    Local(1): """
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        0 1 1 1 0 0
+        0 0 1 1 1 0
+        0 0 0 1 1 1
+        0 0 0 0 1 1""",
+    Local((2, 0)): """
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        0 1 1 1 0 0
+        0 0 1 1 1 0
+        0 0 0 1 1 1""",
+    Local((None, 1)): """
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        1 1 1 1 0 0
+        1 1 1 1 1 0
+        1 1 1 1 1 1
+        1 1 1 1 1 1""",
+    Atrous(3): """
+        1 0 0 1 0 0
+        0 1 0 0 1 0
+        0 0 1 0 0 1
+        1 0 0 1 0 0
+        0 1 0 0 1 0
+        0 0 1 0 0 1""",
+    Strided(3): """
+        1 1 1 1 0 0
+        1 1 1 1 1 0
+        1 1 1 1 1 1
+        1 1 1 1 1 1
+        0 1 1 1 1 1
+        0 0 1 1 1 1""",
+    Strided(2): """
+        1 1 1 0 1 0
+        1 1 1 1 0 1
+        1 1 1 1 1 0
+        0 1 1 1 1 1
+        1 0 1 1 1 1
+        0 1 0 1 1 1""",
+    Dilated(1, 2): """
+        1 0 1 0 0 0
+        0 1 0 1 0 0
+        1 0 1 0 1 0
+        0 1 0 1 0 1
+        0 0 1 0 1 0
+        0 0 0 1 0 1""",
+    Blocks(4): """
+        1 1 1 1 0 0
+        1 1 1 1 0 0
+        1 1 1 1 0 0
+        1 1 1 1 0 0
+        0 0 0 0 1 1
+        0 0 0 0 1 1""",
+    Prefix(2): """
+        1 1 0 0 0 0
+        1 1 0 0 0 0
+        1 1 0 0 0 0
+        1 1 0 0 0 0
+        1 1 0 0 0 0
+        1 1 0 0 0 0""",
+    Band(-1, 2): """
+        0 1 1 0 0 0
+        0 0 1 1 0 0
+        0 0 0 1 1 0
+        0 0 0 0 1 1
+        0 0 0 0 0 1
+        0 0 0 0 0 0""",
+    Causal() & (Local(1) | Prefix(1)): """
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        1 0 1 1 0 0
+        1 0 0 1 1 0
+        1 0 0 0 1 1""",
+    ~Local((None, 0)): """
+        0 1 1 1 1 1
+        0 0 1 1 1 1
+        0 0 0 1 1 1
+        0 0 0 0 1 1
+        0 0 0 0 0 1
+        0 0 0 0 0 0""",
+}
+
+
+def drawn(picture):
+    return np.array([line.split() for line in picture.split("\n")[1:]]).astype(int).astype(bool)
+
+
+@pytest.mark.parametrize("pattern", DRAWN, ids=repr)
+def test_pattern_looks_as_drawn(pattern):
+    mask = pattern.mask(6)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, drawn(DRAWN[pattern]))
+
+
+@pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
+def test_mask_of_unequal_lengths_is_a_corner_of_a_larger_one(pattern):
+    large = pattern.mask(12)
+    np.testing.assert_array_equal(pattern.mask(5, 12), large[:5])
+    np.testing.assert_array_equal(pattern.mask(12, 7), large[:, :7])
+
+
+@given(expressions, expressions)
+@settings(max_examples=100, deadline=None)
+def test_algebra_is_that_of_sets(a, b):
+    n = 9
+    np.testing.assert_array_equal((a & b).mask(n), a.mask(n) & b.mask(n))
+    np.testing.assert_array_equal((a | b).mask(n), a.mask(n) | b.mask(n))
+    np.testing.assert_array_equal((~a).mask(n), ~a.mask(n))
+    assert ~~a == a
+
+
+@pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
+def test_predicate_agrees_on_tensors(pattern):
+    positions = keras.ops.arange(11, dtype="int32")
+    answer = keras.ops.convert_to_numpy(pattern(positions[:, None], positions[None, :]))
+    np.testing.assert_array_equal(np.broadcast_to(answer, (11, 11)), pattern.mask(11))
+
+
+@given(expressions)
+@settings(max_examples=100, deadline=None)
+def test_repr_is_the_code_that_makes_it(pattern):
+    names = {kind.__name__: kind for kind in Pattern.__subclasses__()}
+    assert eval(repr(pattern), names) == pattern  # noqa: S307
+
+
+@given(expressions)
+@settings(max_examples=100, deadline=None)
+def test_equal_by_value_and_hashable(pattern):
+    names = {kind.__name__: kind for kind in Pattern.__subclasses__()}
+    again = eval(repr(pattern), names)  # noqa: S307
+    assert again is not pattern
+    assert hash(again) == hash(pattern)
+    assert pattern != Local(12345)
+    assert len({pattern, again}) == 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (Local(2), Local(3)),
+        (Local(2), Atrous(2)),
+        (Causal() & Local(2), Causal() | Local(2)),
+        (Near(2), Near(3)),
+        (Full(), Diagonals()),
+        (Band(1, None), Band(None, 1)),
+    ],
+)
+def test_unequal(a, b):
+    assert a != b
+
+
+def test_same_window_is_equal_however_written():
+    assert Local(2) == Local((2, 2)) == Local([2, 2]) == Local(np.int64(2))
+
+
+def test_plain_subclass_with_its_own_init_is_compared_by_its_attributes():
+    class Step(Pattern):
+        def __init__(self, size):
+            self.size = size
+
+        def __call__(self, q_pos, k_pos):
+            return q_pos - k_pos == self.size
+
+    assert Step(1) == Step(1)
+    assert Step(1) != Step(2)
+    assert repr(Step(3)) == "Step(size=3)"
+    np.testing.assert_array_equal(Step(1).mask(3), np.eye(3, k=-1, dtype=bool))
+
+
+@pytest.mark.parametrize("pattern", LEAVES, ids=repr)
+def test_patterns_are_frozen(pattern):
+    if dataclasses.fields(pattern) if dataclasses.is_dataclass(pattern) else ():
+        name = dataclasses.fields(pattern)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(pattern, name, 1)
+
+
+@given(expressions)
+@settings(max_examples=100, deadline=None)
+def test_config_round_trip_is_json(pattern):
+    config = json.loads(json.dumps(pattern.get_config()))
+    again = type(pattern).from_config(config)
+    assert again == pattern
+    assert again.get_config() == pattern.get_config()
+    saved = json.loads(json.dumps(keras.saving.serialize_keras_object(pattern)))
+    assert keras.saving.deserialize_keras_object(saved) == pattern
+
+
+def test_tuples_survive_json():
+    pattern = Near(2, (3, 0))
+    assert Near.from_config(json.loads(json.dumps(pattern.get_config()))) == pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("Causal() & (Local(64) | Atrous(64))", Causal() & (Local(64) | Atrous(64))),
+        (" ~Local(window=(None, 3)) ", ~Local((None, 3))),
+        ("Band(-2, rate=3)", Band(-2, None, 3)),
+    ],
+)
+def test_parse(text, pattern):
+    assert parse_pattern(text) == pattern
+
+
+@given(expressions)
+@settings(max_examples=50, deadline=None)
+def test_parse_reads_every_repr_of_our_own_patterns(pattern):
+    if "Near" in repr(pattern) or "Diagonals" in repr(pattern):
+        with pytest.raises(ValueError, match="A pattern must be made of And, Atrous"):
+            parse_pattern(repr(pattern))
+    else:
+        assert parse_pattern(repr(pattern)) == pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Local", r"made by a call, Local\(...\). Received: Local"),
+        ("Local(-1)", r"`window` must be a non-negative int.* Received: window=-1"),
+        ("Lokal(1)", r"A pattern must be made of .*Received: Lokal\(1\)"),
+        ("Causal() and Local(1)", r"Received: Causal\(\) and Local\(1\)"),
+        ("__import__('os').system('true')", r"A pattern must be made of .*Received: __import__"),
+        ("Local(open('x'))", r"A pattern must be made of .*Received: open\('x'\)"),
+        ("Local(1", "`text` must be a pattern. Received: text='Local\\(1'"),
+        ("", "`text` must be a pattern. Received: text=''"),
+    ],
+)
+def test_parse_refuses_anything_else(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_pattern(text)
+
+
+def test_parse_refuses_what_is_no_text():
+    with pytest.raises(TypeError, match=r"`text` must be a str\. Received: text=3"):
+        parse_pattern(3)
+
+
+def test_text_shows_shares():
+    assert Blocks(4).text(8, width=4) == "██\n  ██"
+    assert Causal().text(4, width=4) == "█▒\n███▒"
+    assert Atrous(4).text(64, width=8).splitlines()[0] == "░" * 8
+    assert (Causal() & ~Causal()).text(5, width=10) == "\n" * 4
+
+
+def test_text_of_a_long_sequence_makes_no_square():
+    # 10^12 pairs would need 1 TB as a mask.
+    lines = Local(100_000).text(1_000_000, width=20).splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("█")
+
+
+def test_svg_draws_the_mask():
+    import xml.etree.ElementTree as ElementTree
+
+    pattern = Causal() & Strided(3)
+    n = 8
+    root = ElementTree.fromstring(pattern.svg(n))  # noqa: S314 - our own text
+    size = float(root.get("viewBox").split()[2]) / n
+    painted = np.zeros((n, n), bool)
+    for rect in root.findall(".//{*}g/{*}rect"):
+        x, y, width = (round(float(rect.get(name)) / size) for name in ("x", "y", "width"))
+        painted[y, x : x + width] = True
+    np.testing.assert_array_equal(painted, pattern.mask(n))
+    assert pattern._repr_svg_() == pattern.svg(64)
+
+
+BAD = [
+    (lambda: Local(-1), ValueError, "`window` must be a non-negative int or a pair .*window=-1"),
+    (lambda: Local(1.5), TypeError, "`window` must be .* Received: window=1.5"),
+    (lambda: Local(True), TypeError, "`window` must be .* Received: window=True"),
+    (lambda: Local(None), TypeError, "`window` must be .* Received: window=None"),
+    (lambda: Local((1, 2, 3)), ValueError, r"Received: window=\(1, 2, 3\)"),
+    (lambda: Local((1, -2)), ValueError, r"Received: window=\(1, -2\)"),
+    (lambda: Local((1, 0.5)), TypeError, r"Received: window=\(1, 0.5\)"),
+    (lambda: Atrous(0), ValueError, "`rate` must be a positive int. Received: rate=0"),
+    (lambda: Atrous(2.0), TypeError, "`rate` must be a positive int. Received: rate=2.0"),
+    (lambda: Atrous(False), TypeError, "`rate` must be a positive int. Received: rate=False"),
+    (lambda: Strided(0), ValueError, "`stride` must be a positive int. Received: stride=0"),
+    (lambda: Dilated(-1, 2), ValueError, "`window` must be a non-negative int. .*window=-1"),
+    (lambda: Dilated(1, 0), ValueError, "`rate` must be a positive int. Received: rate=0"),
+    (lambda: Blocks(0), ValueError, "`size` must be a positive int. Received: size=0"),
+    (lambda: Prefix(-1), ValueError, "`length` must be a non-negative int. .*length=-1"),
+    (lambda: Prefix("4"), TypeError, "`length` must be a non-negative int. .*length='4'"),
+    (lambda: Band(0.5), TypeError, "`left` must be an int. Received: left=0.5"),
+    (lambda: Causal() and Local(1), TypeError, "no truth value: join patterns by `&`"),
+    (lambda: not Causal(), TypeError, "no truth value"),
+    (lambda: Causal() & True, TypeError, r"`&` joins patterns, such as Local\(64\). .*True"),
+    (lambda: 3 | Causal(), TypeError, r"`\|` joins patterns, such as Local\(64\). Received: 3"),
+    (lambda: Causal() & Local, TypeError, "Received: <class '.*Local'>"),
+    (lambda: Causal().mask(0), ValueError, "`n` must be a positive int. Received: n=0"),
+    (lambda: Causal().mask(3, 2.5), TypeError, "`m` must be a positive int. Received: m=2.5"),
+    (lambda: Causal().text(5, width=1), ValueError, "`width` must be an int of at least 2"),
+    (lambda: Causal().svg(5, cells=0), ValueError, "`cells` must be a positive int"),
+    (Pattern, TypeError, "abstract"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_predicate_that_answers_badly_is_named():
+    class Number(Pattern):
+        def __call__(self, q_pos, k_pos):
+            return q_pos - k_pos
+
+    class Table(Pattern):
+        def __call__(self, q_pos, k_pos):
+            return np.ones((3, 3), bool)
+
+    with pytest.raises(TypeError, match=r"Number\(\) must answer with bools. Received: dtype=int"):
+        Number().mask(4)
+    with pytest.raises(ValueError, match=r"Table\(\) must answer with a shape .*\(4, 4\)"):
+        Table().mask(4)
+
+
+def test_a_predicate_may_answer_with_one_bool():
+    class Always(Pattern):
+        def __call__(self, q_pos, k_pos):
+            return True
+
+    assert Always().mask(3).all()
+    assert not (~Always()).mask(3).any()
+    np.testing.assert_array_equal((Always() & Causal()).mask(3), Causal().mask(3))

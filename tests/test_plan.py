@@ -1,0 +1,233 @@
+"""Plans: every allowed pair in exactly one part, and never more work than dense."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from sparse_attn import (
+    Atrous,
+    Band,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Local,
+    Pattern,
+    Prefix,
+    Strided,
+    plan,
+)
+from sparse_attn.functional import _Tiles
+from sparse_attn.layouts import Halo, Rows, Stairs
+from sparse_attn.plan import MAX_PARTS, bound, plan_at
+from tests.cases import EXPRESSIONS, LEAVES, LENGTHS, UNEQUAL, Diagonals, expressions, lengths
+from tests.compare import to_numpy
+
+
+def counts(parts, n, m, q_pos=None):
+    """How often each pair is scored, by scattering the tiles' pairs back."""
+    found = np.zeros((n, m), int)
+    rows = np.arange(n, dtype="int32")
+    q_pos = keras.ops.convert_to_tensor(rows if q_pos is None else q_pos)
+    for part in parts:
+        tiles = _Tiles(part, q_pos, m)
+        # The row that a query came from goes through the cut as its position does.
+        came_from = part.layout.split_queries(keras.ops.arange(1, n + 1)[None, :, None, None])
+        for row, k_pos, mask in zip(came_from, tiles.k_pos, tiles.masks, strict=True):
+            row, k_pos = to_numpy(row)[0, 0], to_numpy(k_pos)
+            row, k_pos = np.broadcast_arrays(row, k_pos)
+            allowed = np.ones(row.shape, bool) if mask is None else to_numpy(mask)[0, 0]
+            allowed = np.broadcast_to(allowed, row.shape) & (row > 0)
+            np.add.at(found, (row[allowed] - 1, k_pos[allowed]), 1)
+    return found
+
+
+def tile_pairs(part, n, m):
+    """Pairs in a part's tiles, counted from the tiles."""
+    queries = part.layout.split_queries(keras.ops.zeros((1, n, 1, 1)))
+    keys = part.layout.split_keys(keras.ops.zeros((1, m, 1, 1)), n)
+    return sum(q.shape[2] * q.shape[3] * k.shape[3] for q, k in zip(queries, keys, strict=True))
+
+
+def check(pattern, n, m):
+    parts = plan(pattern, n, m)
+    np.testing.assert_array_equal(counts(parts, n, m), pattern.mask(n, m).astype(int))
+    assert parts.scored_pairs == sum(tile_pairs(part, n, m) for part in parts)
+    assert parts.scored_pairs <= n * m
+    assert len(parts) <= MAX_PARTS
+    for part in parts:
+        outside = part.pattern.mask(n, m) & ~part.bound.mask(n, m)
+        assert not outside.any()
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
+def test_each_pair_is_scored_exactly_once(pattern, n):
+    check(pattern, n, n)
+
+
+@pytest.mark.parametrize(("n", "m"), UNEQUAL)
+@pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
+def test_each_pair_is_scored_exactly_once_at_unequal_lengths(pattern, n, m):
+    check(pattern, n, m)
+
+
+@given(expressions, lengths, lengths)
+@settings(max_examples=150, deadline=None)
+def test_each_pair_of_any_expression_is_scored_exactly_once(pattern, n, m):
+    check(pattern, n, m)
+
+
+@given(expressions, lengths, lengths)
+@settings(max_examples=60, deadline=None)
+def test_a_plan_for_unknown_lengths_is_right_at_any(pattern, n, m):
+    found = counts(plan(pattern), n, m)
+    np.testing.assert_array_equal(found, pattern.mask(n, m).astype(int))
+
+
+@given(expressions, lengths)
+@settings(max_examples=60, deadline=None)
+def test_a_plan_for_any_positions(pattern, m):
+    q_pos = np.random.default_rng(m).integers(0, m + 3, 4).astype("int32")
+    parts = plan_at(pattern, keras.ops.convert_to_tensor(q_pos), 4, m, dim=1)
+    expected = pattern.mask(m + 3, m)[q_pos].astype(int)
+    np.testing.assert_array_equal(counts(parts, 4, m, q_pos), expected)
+
+
+def shapes(pattern, n=4096):
+    return [(part.bound, type(part.layout)) for part in plan(pattern, n)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (Full(), [(Band(), Stairs)]),
+        (Causal(), [(Band(None, 0), Stairs)]),
+        (Local(64), [(Band(64, 64), Halo)]),
+        (Causal() & Local(64), [(Band(64, 0), Halo)]),
+        (Atrous(64), [(Band(rate=64), Stairs)]),
+        (Atrous(4) & Atrous(6) & Local(100), [(Band(96, 96, 12), Halo)]),
+        (Dilated(3, 8), [(Band(24, 24, 8), Halo)]),
+        (Strided(64), [(Band(64, 64), Halo), (Band(rate=64), Stairs)]),
+        (Causal() & Strided(64), [(Band(64, 0), Halo), (Band(None, 0, 64), Stairs)]),
+        (Causal() & (Local(64) | Prefix(4)), [(Band(64, 0), Halo), (Prefix(4), Stairs)]),
+        (Blocks(64), [(Blocks(64), Halo)]),
+        (Blocks(64) & Causal(), [(Blocks(64), Halo)]),
+        (Local(64) | Causal(), [(Band(None, 64), Stairs)]),
+        (Local(8) | Local(64), [(Band(64, 64), Halo)]),
+        (Local(5000), [(Band(), Stairs)]),
+        (Atrous(5000), [(Band(0, 0), Halo)]),
+        (~Local(4090), [(Band(None, -4091), Stairs), (Band(-4091, None), Stairs)]),
+        (Causal() & ~Causal(), []),
+        (~Local(4096), []),
+        (Prefix(0), []),
+    ],
+    ids=repr,
+)
+def test_parts_of_known_patterns(pattern, expected):
+    assert sorted(map(repr, shapes(pattern))) == sorted(map(repr, expected))
+
+
+def test_share_of_pairs():
+    assert plan(Full(), 1024).share == 1
+    assert 0.5 < plan(Causal(), 4096).share < 0.6
+    assert plan(Local(256), 4096).share < 0.17
+    assert plan(Atrous(64), 4096).share == 1 / 64
+    assert plan(Blocks(64), 4096).share == 1 / 64
+    assert plan(Prefix(4), 4096).share == 4 / 4096
+
+
+def test_scored_pairs_of_a_window_are_linear_in_the_length():
+    short, long = plan(Local(64), 2**14), plan(Local(64), 2**20)
+    assert long.scored_pairs == 2**6 * short.scored_pairs
+    assert len(repr(long)) < 1000  # nothing in it grows with the length
+
+
+@pytest.mark.parametrize("n", [7, 64, 1024, 4096])
+@pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
+def test_no_plan_scores_more_than_dense(pattern, n):
+    assert plan(pattern, n).scored_pairs <= n * n
+    assert plan(pattern, n, 3 * n).scored_pairs <= 3 * n * n
+
+
+def test_plan_is_printed_readably():
+    assert str(plan(Strided(4), 4096)).splitlines()[0].startswith("2 part(s), ")
+    assert "Band(4, 4)" in str(plan(Strided(4), 4096))
+
+
+def test_a_registered_bound_makes_a_pattern_fast():
+    class Spots(Pattern):
+        def __call__(self, q_pos, k_pos):
+            distance = q_pos - k_pos
+            return (distance == 3) | (distance == -2)
+
+    assert plan(Spots(), 1000).share == 1
+    plan_before = plan(Spots(), 1000)
+    bound.register(Spots, lambda pattern: Local((3, 2)))
+
+    class MoreSpots(Spots):
+        pass
+
+    assert plan_before.share == 1
+    assert plan(MoreSpots(), 1000).share < 0.1
+    check(MoreSpots(), 29, 31)
+
+
+def test_decoding_gathers_only_the_window():
+    parts = plan_at(Causal() & Local(16), keras.ops.convert_to_tensor([5000]), 1, 10_000, dim=64)
+    (part,) = parts
+    assert isinstance(part.layout, Rows)
+    assert part.layout.index.shape[1] == 17
+
+
+def test_lengths_that_a_pattern_cannot_relate():
+    class Square(Pattern):
+        def __call__(self, q_pos, k_pos):
+            return q_pos == k_pos
+
+        def check_lengths(self, n, m):
+            if n not in (9, None) or m not in (9, None):
+                raise ValueError(f"Square must have lengths of 9. Received: n={n}, m={m}")
+
+    for pattern in (Square(), Square() & Causal(), ~Square(), Causal() | Square()):
+        with pytest.raises(ValueError, match=r"lengths of 9. Received: n=8, m=8"):
+            plan(pattern, 8)
+        with pytest.raises(ValueError, match=r"lengths of 9. Received: n=9, m=4"):
+            pattern.mask(9, 4)
+        plan(pattern)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: plan("Local(3)", 8), TypeError, "`pattern` must be a Pattern, .*'Local"),
+        (lambda: plan(Local, 8), TypeError, "`pattern` must be a Pattern"),
+        (lambda: plan(Local(3), 0), ValueError, "`n` must be a positive int. Received: n=0"),
+        (lambda: plan(Local(3), 8, True), TypeError, "`m` must be a positive int. .*m=True"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_pattern_that_cannot_be_hashed_is_named():
+    class Table(Pattern):
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __call__(self, q_pos, k_pos):
+            return q_pos >= k_pos
+
+    with pytest.raises(TypeError, match="`pattern` must be hashable: no arrays or lists"):
+        plan(Table([1, 2]), 4)
+
+
+def test_a_bound_of_the_wrong_type_is_named():
+    class Odd(Diagonals):
+        pass
+
+    bound.register(Odd, lambda pattern: 3)
+    with pytest.raises(TypeError, match=r"must be a Band, Blocks or Prefix. Received: bound\(Odd"):
+        plan(Odd(), 4)
