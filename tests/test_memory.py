@@ -1,0 +1,46 @@
+"""Peak memory, each time that of a whole fresh process."""
+
+import subprocess
+import sys
+
+import keras
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="the training step is written for TensorFlow"
+)
+
+STEP = """
+import resource, sys
+import numpy as np, tensorflow as tf
+from sparse_attn.layers import LocalSelfAttention
+
+layer = LocalSelfAttention(8, 64, window=256)
+x = tf.constant(np.random.default_rng(0).normal(size=(1, int(sys.argv[1]), 512)), "float32")
+layer.build(x.shape)
+
+@tf.function
+def step(x):
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(layer(x, training=True) ** 2)
+    return loss, tape.gradient(loss, layer.trainable_variables)
+
+loss, gradients = step(x)
+assert all(np.isfinite(gradient).all() for gradient in gradients)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def peak_gigabytes(n):
+    command = [sys.executable, "-c", STEP, str(n)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+@pytest.mark.timeout(600)
+def test_a_training_step_is_linear_in_the_length_and_takes_less_than_3_gb_at_16384():
+    short, middle, long = (peak_gigabytes(n) for n in (4096, 8192, 16384))
+    assert long < 3
+    # Were it quadratic, the second step would be 4 times the first.
+    assert long - middle < 3 * (middle - short)
