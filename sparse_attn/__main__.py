@@ -22,7 +22,7 @@ WIDTH, HEADS, BLOCKS = 128, 4, 4
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m sparse_attn", description=__doc__)
     parser.add_argument("--text", type=Path, help="a file, or a folder of .py and .txt files")
-    parser.add_argument("--steps", type=positive_int, default=150, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=240, help="of training (%(default)s)")
     parser.add_argument("--length", type=positive_int, default=4096, help="in bytes (%(default)s)")
     parser.add_argument("--pattern", help="of every block, such as 'Local(64) | Prefix(4)'")
     parser.add_argument("--save", type=keras_file, metavar="MODEL.keras")
@@ -105,12 +105,12 @@ def make_model(patterns, steps):
         x = x + SelfAttention(HEADS, WIDTH // HEADS, pattern)(layers.LayerNormalization()(x))
         hidden = layers.Dense(2 * WIDTH, activation="gelu")(layers.LayerNormalization()(x))
         x = x + layers.Dense(WIDTH)(hidden)
-    logits = layers.Dense(256, name="logits")(layers.LayerNormalization()(x))
+    logits = layers.Dense(256)(layers.LayerNormalization()(x))
     model = keras.Model(inputs, logits)
     rate = keras.optimizers.schedules.CosineDecay(
-        0.0, decay_steps=steps, warmup_target=6e-3, warmup_steps=max(1, steps // 10)
+        0.0, decay_steps=steps, warmup_target=3e-3, warmup_steps=max(1, steps // 10)
     )
-    optimizer = keras.optimizers.Muon(rate, exclude_layers=["logits"], global_clipnorm=1.0)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.1, beta_2=0.95, global_clipnorm=1.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     # TensorFlow is faster without XLA on a CPU.
     model.compile(optimizer, loss, jit_compile=keras.backend.backend() == "jax")
