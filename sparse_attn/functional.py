@@ -1,5 +1,7 @@
 """Sparse attention as a function: plan, split, attend, join, merge."""
 
+import itertools
+
 import keras
 from einops import rearrange
 from keras import ops
@@ -88,6 +90,8 @@ def sparse_attention(
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, bias)
     query_mask, key_mask, attention_mask, bias = masks
     dropout = check_rate("dropout", dropout)
+    if not (seed is None or isinstance(seed, keras.random.SeedGenerator)):
+        seed = check_int("seed", seed)
     # Padding may hold anything: 0 * NaN would reach valid outputs and gradients.
     query = zero_masked(query, query_mask)
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
@@ -101,12 +105,12 @@ def sparse_attention(
         parts = plan_at(pattern, q_pos, n, m, query.shape[-1]).parts
 
     need_lse = return_lse or len(parts) > 1
+    # No two tiles may drop alike: a number is counted on, a generator draws anew.
+    seeds = itertools.count(seed) if isinstance(seed, int) else itertools.repeat(seed)
     found = []
-    for number, part in enumerate(parts):
+    for part in parts:
         tiles = _Tiles(part, q_pos, m, key_mask, attention_mask, bias)
-        if isinstance(seed, int):  # parts must not drop alike
-            seed = seed + number
-        found.append(tiles.attend(query, key, value, n, dropout, seed, need_lse))
+        found.append(tiles.attend(query, key, value, n, dropout, seeds, need_lse))
     if not found:  # the pattern allows nothing at these lengths
         shape = ops.shape(query)[:3]
         out = ops.zeros((*shape, value.shape[-1]), query.dtype)
@@ -167,7 +171,7 @@ class _Tiles:
             for tile, k_pos in zip(rows, self.k_pos, strict=True)
         ]
 
-    def attend(self, query, key, value, n, dropout, seed, return_lse):
+    def attend(self, query, key, value, n, dropout, seeds, return_lse):
         """`(out, lse)` of shapes `(b, n, h, e)` and `(b, n, h)`."""
         outs, lses = [], []
         for q, k, v, mask, bias in zip(
@@ -181,7 +185,7 @@ class _Tiles:
             keep = None
             if dropout:
                 shape = (*ops.shape(q)[:4], ops.shape(k)[3])
-                keep = keras.random.uniform(shape, dtype="float32", seed=seed) >= dropout
+                keep = keras.random.uniform(shape, dtype="float32", seed=next(seeds)) >= dropout
             out, lse = attend(q, k, v, mask, bias, keep=keep, rate=dropout, return_lse=return_lse)
             outs.append(out)
             lses.append(lse)

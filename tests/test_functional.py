@@ -159,7 +159,7 @@ def test_what_padding_holds_changes_nothing(pattern, poison):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("pattern", SOME, ids=repr)
+@pytest.mark.parametrize("pattern", [*SOME, Causal() & ~Local(2)], ids=repr)
 def test_a_query_with_no_key_gives_zero(pattern, dtype, dropout):
     n = 13
     inputs = [x.astype("float32") for x in random_inputs(n, n)]
@@ -253,6 +253,19 @@ def test_dropout_is_the_same_for_the_same_seed():
     )
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 0
+
+
+def test_parts_do_not_drop_alike(monkeypatch):
+    seeds, uniform = [], keras.random.uniform
+
+    def recorded(shape, *, seed, **options):
+        seeds.append(seed)
+        return uniform(shape, seed=seed, **options)
+
+    monkeypatch.setattr(keras.random, "uniform", recorded)
+    sparse_attention(*random_inputs(200, 200), ~Local(50), dropout=0.5, seed=1)
+    assert len(seeds) > 2
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_gradient_under_dropout_is_that_of_the_weights_kept():
@@ -406,6 +419,11 @@ BAD = [
         lambda: sparse_attention(Q, K, V, Full(), dropout="0.1"),
         TypeError,
         r"`dropout` must be a number in \[0, 1\). Received: dropout='0.1'",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), dropout=0.1, seed=0.5),
+        TypeError,
+        "`seed` must be an int. Received: seed=0.5",
     ),
     (
         lambda: sparse_attention(Q, K, V, Full(), query_positions=-1),

@@ -20,7 +20,16 @@ ALLOWED = {
     "plan": {"functools", "itertools", "math", "dataclasses", "numpy", "checks", "layouts"}
     | {"patterns"},
     "attend": {"functools", "einops", "keras", "masking"},
-    "functional": {"keras", "einops", "attend", "checks", "masking", "patterns", "plan"},
+    "functional": {
+        "itertools",
+        "keras",
+        "einops",
+        "attend",
+        "checks",
+        "masking",
+        "patterns",
+        "plan",
+    },
 }
 
 
