@@ -2,6 +2,7 @@
 
 import keras as _keras
 
+from sparse_attn import layers, masking, reference
 from sparse_attn._version import __version__
 from sparse_attn.attend import merge_attention
 from sparse_attn.expressions import parse_pattern
@@ -32,9 +33,12 @@ __all__ = [
     "Prefix",
     "Strided",
     "__version__",
+    "layers",
+    "masking",
     "merge_attention",
     "parse_pattern",
     "plan",
+    "reference",
     "sparse_attention",
 ]
 

@@ -5,6 +5,7 @@ import functools
 from einops import einsum, rearrange
 from keras import ops
 
+from sparse_attn.checks import check_tensor, received
 from sparse_attn.masking import LOWEST, MASKED, additive_mask, softmax, wide, zero_masked
 
 
@@ -31,31 +32,37 @@ def attend(query, key, value, mask=None, bias=None, *, keep=None, rate=0.0, retu
     """
     dtype, score_dtype = query.dtype, wide(query.dtype)
     table = None if mask is None else additive_mask(mask, score_dtype)
+    extras = {"bias": bias, "table": table, "keep": keep}
+    extras = {name: x for name, x in extras.items() if x is not None}
 
-    def drop(weights):
+    def drop(weights, keep):
         if keep is None:
             return weights
         return ops.where(keep, weights / (1 - rate), ops.zeros((), weights.dtype))
 
     @ops.custom_gradient
-    def core(query, key, value, *bias):
+    def core(query, key, value, *tensors):
+        # All tensors are arguments: JAX cannot recompute a function that closes over one.
+        given = dict(zip(extras, tensors, strict=True))
+        keep = given.get("keep")
         scores = einsum(query, key, "b h t i d, b h t j d -> b h t i j")
         scores = ops.cast(scores, score_dtype)
-        for term in (*bias, *([] if table is None else [table])):
-            scores = scores + ops.cast(term, score_dtype)
+        for name in given.keys() & {"bias", "table"}:
+            scores = scores + ops.cast(given[name], score_dtype)
         weights = softmax(scores)
         lse = None
         if return_lse:  # the largest weight is exp(largest score - lse)
             lse = ops.max(scores, axis=-1) - ops.log(ops.max(weights, axis=-1))
         weights = ops.cast(weights, dtype)
-        out = einsum(drop(weights), value, "b h t i j, b h t j e -> b h t i e")
+        out = einsum(drop(weights, keep), value, "b h t i j, b h t j e -> b h t i e")
 
         def grad(*inputs, upstream=None):
             # TensorFlow and JAX pass the gradient alone, PyTorch the inputs and `upstream`.
             d_out, d_lse = _unpack(inputs[0] if upstream is None else upstream, return_lse)
             d_out = ops.cast(d_out, dtype)
-            d_value = einsum(drop(weights), d_out, "b h t i j, b h t i e -> b h t j e")
-            d_weights = drop(einsum(d_out, value, "b h t i e, b h t j e -> b h t i j"))
+            d_value = einsum(drop(weights, keep), d_out, "b h t i j, b h t i e -> b h t j e")
+            d_weights = einsum(d_out, value, "b h t i e, b h t j e -> b h t i j")
+            d_weights = drop(d_weights, keep)
             # delta = sum(p * dp), which is the product of out and its gradient
             delta = ops.sum(ops.cast(out * d_out, score_dtype), axis=-1)
             if d_lse is not None:
@@ -63,11 +70,14 @@ def attend(query, key, value, mask=None, bias=None, *, keep=None, rate=0.0, retu
             d_scores = weights * (d_weights - ops.cast(delta[..., None], dtype))
             d_query = einsum(d_scores, key, "b h t i j, b h t j d -> b h t i d")
             d_key = einsum(d_scores, query, "b h t i j, b h t i d -> b h t j d")
-            return d_query, d_key, d_value, *[_sum_to(d_scores, term) for term in bias]
+            d_extras = [
+                _sum_to(d_scores, x) if name == "bias" else None for name, x in given.items()
+            ]
+            return d_query, d_key, d_value, *d_extras
 
         return _pack(out, lse), grad
 
-    out, lse = _unpack(core(query, key, value, *([] if bias is None else [bias])), return_lse)
+    out, lse = _unpack(core(query, key, value, *extras.values()), return_lse)
     out = ops.cast(out, dtype)
     if mask is not None:
         any_key = ops.broadcast_to(ops.any(mask, axis=-1), ops.shape(out)[:-1])
@@ -103,22 +113,37 @@ def merge_attention(parts):
 
     Args:
         parts: a list of pairs `(out, lse)`, of shapes `(b, n, h, e)` and
-            `(b, n, h)`. No key may be in more than one of them; a query that
-            has no keys in a part has `out` 0 and `lse` `-inf` there.
+            `(b, n, h)`. No key may be in more than one of them. A query that
+            has no keys in a part has `lse` `-inf` there, and its `out` does
+            not matter.
 
     Returns:
-        The pair `(out, lse)` for the union of the keys.
+        The pair `(out, lse)` for the union of the keys; `lse` in float32 or
+        wider. A query with no keys in any part has `out` 0 and `lse` `-inf`.
 
     Raises:
-        ValueError: if `parts` is empty.
+        TypeError: if `parts` does not hold pairs of float tensors.
+        ValueError: if `parts` is empty, or the shapes do not go together.
 
     References:
         - [FlashAttention-2, Dao, 2023](https://arxiv.org/abs/2307.08691)
     """
-    parts = [tuple(ops.convert_to_tensor(x) for x in part) for part in parts]
+    requirement = "a non-empty list of pairs (out, lse)"
+    if not isinstance(parts, (list, tuple)):
+        raise TypeError(received("parts", requirement, parts))
     if not parts:
-        raise ValueError("`parts` must be a non-empty list of pairs (out, lse). Received: parts=[]")
-    out, lse = merge([(out, ops.maximum(lse, LOWEST)) for out, lse in parts])
+        raise ValueError(received("parts", requirement, parts))
+    checked, shape = [], (None,) * 4
+    for number, part in enumerate(parts):
+        if not isinstance(part, (list, tuple)) or len(part) != 2:
+            raise TypeError(received(f"parts[{number}]", "a pair (out, lse)", part))
+        out, lse = (ops.convert_to_tensor(x) for x in part)
+        check_tensor(f"parts[{number}][0]", out, "float", shape)
+        shape = tuple(out.shape)
+        check_tensor(f"parts[{number}][1]", lse, "float", shape[:3])
+        lse = ops.maximum(ops.cast(lse, wide(lse.dtype)), LOWEST)
+        checked.append((zero_masked(out, lse > MASKED), lse))
+    out, lse = merge(checked)
     return out, public_lse(lse)
 
 

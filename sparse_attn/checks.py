@@ -3,6 +3,8 @@
 A message names the argument, says what it must be, and shows what came.
 """
 
+import math
+import numbers
 import operator
 
 _INTS = {None: "an int", 0: "a non-negative int", 1: "a positive int"}
@@ -38,10 +40,19 @@ def check_bool(name, value):
     return value
 
 
+def check_number(name, value):
+    """Return `value` as a finite float, or raise as `check_int` does."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(received(name, "a finite number", value))
+    if not math.isfinite(value):
+        raise ValueError(received(name, "a finite number", value))
+    return float(value)
+
+
 def check_rate(name, value):
     """Return `value` as a float in [0, 1), or raise as `check_int` does."""
     requirement = "a number in [0, 1)"
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(received(name, requirement, value))
     if not 0 <= float(value) < 1:
         raise ValueError(received(name, requirement, value))

@@ -3,11 +3,19 @@
 import itertools
 
 import keras
+import numpy as np
 from einops import rearrange
 from keras import ops
 
 from sparse_attn.attend import attend, merge, public_lse
-from sparse_attn.checks import check_int, check_rate, check_tensor, received
+from sparse_attn.checks import (
+    check_bool,
+    check_int,
+    check_number,
+    check_rate,
+    check_tensor,
+    received,
+)
 from sparse_attn.masking import (
     LOWEST,
     MASKED,
@@ -16,8 +24,8 @@ from sparse_attn.masking import (
     wide,
     zero_masked,
 )
-from sparse_attn.patterns import Band
-from sparse_attn.plan import plan, plan_at
+from sparse_attn.patterns import Band, check_pattern
+from sparse_attn.plan import Part, layout, plan, plan_at
 
 
 def sparse_attention(
@@ -52,10 +60,11 @@ def sparse_attention(
             and `lse` `-inf`, and what it holds does not matter.
         key_mask: `(b, m)` bools, True = valid. What an invalid key or its
             value holds does not matter, be it NaN.
-        attention_mask: `(n, m)`, `(b, n, m)` or `(b|1, h|1, n, m)` bools, True
-            = may be attended. It is of size n * m by nature; prefer a pattern.
-        bias: numbers of the same shapes, added to the scaled scores; `-inf`
-            forbids a pair. Likewise of size n * m.
+        attention_mask: `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)` bools,
+            True = may be attended. It is of size n * m by nature; prefer a
+            pattern.
+        bias: numbers of the same shapes, added to the scaled scores; less than
+            -1e29, such as `-inf`, forbids a pair. Likewise of size n * m.
         scale: a number, `d ** -0.5` by default.
         query_positions: where the queries are not at `0, 1, 2, ...`: an int,
             the position of the first of them, or `(n,)` non-negative ints.
@@ -89,6 +98,7 @@ def sparse_attention(
     query, key, value, n, m = _check_tensors(query, key, value)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, bias)
     query_mask, key_mask, attention_mask, bias = masks
+    check_bool("return_lse", return_lse)
     dropout = check_rate("dropout", dropout)
     if not (seed is None or isinstance(seed, keras.random.SeedGenerator)):
         seed = check_int("seed", seed)
@@ -97,25 +107,41 @@ def sparse_attention(
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
     query = query * _scale(query, scale)
 
-    if query_positions is None:
-        parts = plan(pattern, query.shape[1], key.shape[1]).parts
-        q_pos = ops.arange(n, dtype="int32")
+    check_pattern("pattern", pattern)
+    known = [size if isinstance(size, int) else None for size in (n, m)]
+    if 0 in known:  # nothing asks, or nothing answers
+        parts, q_pos = (), ops.arange(n, dtype="int32")
+    elif query_positions is None:
+        parts, q_pos = plan(pattern, *known).parts, ops.arange(n, dtype="int32")
     else:
-        q_pos = _check_positions(query_positions, query.shape[1], n)
+        q_pos = _check_positions(query_positions, known[0], n)
         parts = plan_at(pattern, q_pos, n, m, query.shape[-1]).parts
 
-    need_lse = return_lse or len(parts) > 1
     # No two tiles may drop alike: a number is counted on, a generator draws anew.
     seeds = itertools.count(seed) if isinstance(seed, int) else itertools.repeat(seed)
-    found = []
-    for part in parts:
-        tiles = _Tiles(part, q_pos, m, key_mask, attention_mask, bias)
-        found.append(tiles.attend(query, key, value, n, dropout, seeds, need_lse))
-    if not found:  # the pattern allows nothing at these lengths
-        shape = ops.shape(query)[:3]
-        out = ops.zeros((*shape, value.shape[-1]), query.dtype)
-        found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
-    out, lse = merge(found)
+
+    def attend_over(parts):
+        found = []
+        for part in parts:
+            tiles = _Tiles(part, q_pos, m, key_mask, attention_mask, bias)
+            need_lse = return_lse or len(parts) > 1
+            found.append(tiles.attend(query, key, value, n, dropout, seeds, need_lse))
+        if not found:  # the pattern allows nothing at these lengths
+            shape = ops.shape(query)[:3]
+            out = ops.zeros((*shape, value.shape[-1]), query.dtype)
+            found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
+        out, lse = merge(found)
+        return (out, lse) if return_lse else out
+
+    if query_positions is None and None in known and parts:
+        # Only now is it known whether the tiles hold more pairs than there are.
+        everything = ops.cast(n, "float32") * ops.cast(m, "float32")
+        tiled = sum(ops.cast(part.layout.scored_pairs_at(n, m), "float32") for part in parts)
+        dense = (Part(Band(), pattern, layout(Band())),)
+        found = ops.cond(tiled > everything, lambda: attend_over(dense), lambda: attend_over(parts))
+    else:
+        found = attend_over(parts)
+    out, lse = found if return_lse else (found, None)
 
     out = zero_masked(out, query_mask)
     if not return_lse:
@@ -227,7 +253,7 @@ def attention_weights(
     query, key, _, n, m = _check_tensors(query, key, key)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, None)
     query_mask, key_mask, attention_mask, _ = masks
-    pattern.check_lengths(query.shape[1], key.shape[1])
+    check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
     query = query * _scale(query, scale)
     q_pos, k_pos = ops.arange(n, dtype="int32"), ops.arange(m, dtype="int32")
@@ -243,7 +269,7 @@ def attention_weights(
 
 
 def _scale(query, scale):
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
     return ops.convert_to_tensor(scale, dtype=query.dtype)
 
 
@@ -263,14 +289,16 @@ def _check_tensors(query, key, value):
     check_tensor("value", value, "float", (b, key.shape[1], h, None))
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
-            raise TypeError(received(f"{name}.dtype", f"that of `query`, {query.dtype}", x.dtype))
+            dtypes = [keras.backend.standardize_dtype(y.dtype) for y in (query, x)]
+            requirement = f"of the dtype of `query`, {dtypes[0]}"
+            raise TypeError(f"`{name}` must be {requirement}. Received: {name}.dtype={dtypes[1]}")
     return query, key, value, ops.shape(query)[1], ops.shape(key)[1]
 
 
 def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
     b, n, h, _ = query.shape
     m = key.shape[1]
-    pairs = ((n, m), (b, n, m), ((1, b), (1, h), n, m))
+    pairs = ((n, m), ((1, b), n, m), ((1, b), (1, h), n, m))
     query_mask = check_mask("query_mask", query_mask, (b, n))
     key_mask = check_mask("key_mask", key_mask, (b, m))
     attention_mask = _four_axes(check_mask("attention_mask", attention_mask, *pairs))
@@ -289,6 +317,10 @@ def _four_axes(x):
 def _check_positions(positions, known_n, n):
     if isinstance(positions, (int, float)):
         positions = check_int("query_positions", positions, minimum=0)
+    if isinstance(positions, (int, list, tuple, np.ndarray)):  # its values are at hand
+        values = np.asarray(positions)
+        if values.size and not (values.min() >= 0 and values.max() < 2**31):
+            raise ValueError(received("query_positions", "in [0, 2**31)", positions))
     positions = ops.convert_to_tensor(positions)
     check_tensor("query_positions", positions, "int", (), (known_n,))
     positions = ops.cast(positions, "int32")

@@ -12,7 +12,8 @@ Every layout has
   `(b, h, t, i, d)` and `(b, h, t, j, d)`; rows that padding adds are zero;
 - `join(tiles, n)`: the inverse of `split_queries`, `n` rows of it;
 - `pads_keys`: whether a tile may hold keys that are only padding;
-- `scored_pairs`: how many pairs of positions its tiles hold.
+- `scored_pairs`: how many pairs of positions its tiles hold, and
+  `scored_pairs_at(n, m)`: how many they hold at lengths that may be tensors.
 
 Lengths may be unknown (`None`): then all sizes follow from the tensors.
 """
@@ -25,7 +26,7 @@ import numpy as np
 from einops import rearrange
 from keras import ops
 
-NOMINAL_LENGTH = 8192  # where lengths are unknown, layouts are compared at this one
+NOMINAL_LENGTH = 2**20  # where lengths are unknown, layouts are compared at this one
 
 
 def crop(x, start, length):
@@ -51,6 +52,10 @@ def crop(x, start, length):
 
 def _at_least_zero(size):
     return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)
+
+
+def _least(a, b):
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else ops.minimum(a, b)
 
 
 def _may_be_positive(size):
@@ -90,7 +95,10 @@ class Halo:
 
     @property
     def scored_pairs(self):
-        blocks = _blocks(self.n or NOMINAL_LENGTH, self.rate * self.width)
+        return self.scored_pairs_at(self.n or NOMINAL_LENGTH, None)
+
+    def scored_pairs_at(self, n, m):
+        blocks = _blocks(n, self.rate * self.width)
         return self.rate * blocks * self.width * (self.last - self.first)
 
     def _num_blocks(self, queries):
@@ -148,14 +156,14 @@ class Stairs:
 
     @property
     def pads_keys(self):
-        if self.m is None:
-            return self.rate > 1 or any(k1 is not None for *_, k1 in self.steps)
-        return self.m % self.rate > 0
+        return self.rate > 1 and (self.m is None or self.m % self.rate > 0)
 
     @property
     def scored_pairs(self):
-        queries = _blocks(self.n or NOMINAL_LENGTH, self.rate)
-        keys = _blocks(self.m or NOMINAL_LENGTH, self.rate)
+        return self.scored_pairs_at(self.n or NOMINAL_LENGTH, self.m or NOMINAL_LENGTH)
+
+    def scored_pairs_at(self, n, m):
+        queries, keys = _blocks(n, self.rate), _blocks(m, self.rate)
         return self.rate * sum(
             ((queries if q1 is None else q1) - q0) * ((keys if k1 is None else k1) - k0)
             for q0, q1, k0, k1 in self.steps
@@ -172,7 +180,8 @@ class Stairs:
         x = crop(x, 0, _blocks(ops.shape(x)[1], self.rate) * self.rate)
         x = rearrange(x, "b (u r) h d -> (b h r) u d", r=self.rate)
         rows = ops.shape(x)[1]
-        tiles = [crop(x, start, (rows if end is None else end) - start) for start, end in ranges]
+        ends = [rows if end is None else _least(end, rows) for _, end in ranges]
+        tiles = [crop(x, start, end - start) for (start, _), end in zip(ranges, ends, strict=True)]
         return [rearrange(x, "(b h r) i d -> b h r i d", h=heads, r=self.rate) for x in tiles]
 
     def join(self, tiles, n):

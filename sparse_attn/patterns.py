@@ -26,7 +26,16 @@ from sparse_attn import pictures
 from sparse_attn.checks import check_int, received
 
 
-class Pattern(abc.ABC):
+class _Frozen(abc.ABCMeta):
+    """Makes the instances of a class, and of plain subclasses too, unchangeable once made."""
+
+    def __call__(cls, *args, **kwargs):
+        pattern = super().__call__(*args, **kwargs)
+        object.__setattr__(pattern, "_made", True)
+        return pattern
+
+
+class Pattern(metaclass=_Frozen):
     """The base of every pattern. A subclass need only define `__call__`.
 
     Give a subclass with parameters its fields by `@dataclass(frozen=True)`;
@@ -59,7 +68,7 @@ class Pattern(abc.ABC):
             `q_pos - k_pos`; True = may be attended.
         """
 
-    def check_lengths(self, n, m):  # noqa: B027 - a hook, and none of ours needs it
+    def check_lengths(self, n, m):
         """Raise `ValueError` if `n` queries and `m` keys cannot be related.
 
         Any lengths will do for most patterns. A pattern made for one length,
@@ -69,6 +78,7 @@ class Pattern(abc.ABC):
             n: number of queries, or `None` while it is unknown.
             m: number of keys, or `None` while it is unknown.
         """
+        del n, m
 
     def mask(self, n, m=None):
         """The pattern as an `(n, m)` boolean numpy array, to look at.
@@ -86,16 +96,7 @@ class Pattern(abc.ABC):
                 answer with bools of a shape that broadcasts to `(n, m)`.
         """
         n, m = self._lengths(n, m)
-        allowed = np.asarray(self(np.arange(n)[:, None], np.arange(m)[None, :]))
-        if allowed.dtype != bool:
-            raise TypeError(f"{self!r} must answer with bools. Received: dtype={allowed.dtype}")
-        try:
-            return np.broadcast_to(allowed, (n, m)).copy()
-        except ValueError:
-            raise ValueError(
-                f"{self!r} must answer with a shape that broadcasts to (n, m)={(n, m)}. "
-                f"Received: shape={allowed.shape}"
-            ) from None
+        return self._answer(np.arange(n), np.arange(m)).copy()
 
     def text(self, n, m=None, width=64):
         """The pattern as lines of text: queries down, keys across.
@@ -121,7 +122,7 @@ class Pattern(abc.ABC):
         ████
         """
         n, m = self._lengths(n, m)
-        return pictures.text(self, n, m, check_int("width", width, minimum=2))
+        return pictures.text(self._answer, n, m, check_int("width", width, minimum=2))
 
     def svg(self, n, m=None, cells=64):
         """The pattern as a picture: queries down, keys across, darker for more pairs.
@@ -135,11 +136,29 @@ class Pattern(abc.ABC):
             A str, an SVG document.
         """
         n, m = self._lengths(n, m)
-        return pictures.svg(self, n, m, check_int("cells", cells, minimum=1))
+        cells = check_int("cells", cells, minimum=1)
+        return pictures.svg(self._answer, n, m, cells, title=repr(self))
 
     def _repr_svg_(self):
-        """How a notebook shows a pattern: at 64 positions."""
-        return self.svg(64)
+        """How a notebook shows a pattern: at 64 positions, or by name if it has none there."""
+        try:
+            return self.svg(64)
+        except ValueError:
+            return None
+
+    def _answer(self, q_pos, k_pos):
+        """The predicate at `(n,)` by `(m,)` positions, checked: an `(n, m)` bool array."""
+        answer = np.asarray(self(q_pos[:, None], k_pos[None, :]))
+        shape = (len(q_pos), len(k_pos))
+        if answer.dtype != bool:
+            raise TypeError(f"{self!r} must answer with bools. Received: dtype={answer.dtype}")
+        try:
+            return np.broadcast_to(answer, shape)
+        except ValueError:
+            raise ValueError(
+                f"{self!r} must answer with a shape that broadcasts to {shape}. "
+                f"Received: shape={answer.shape}"
+            ) from None
 
     def _lengths(self, n, m):
         n = check_int("n", n, minimum=1)
@@ -164,7 +183,14 @@ class Pattern(abc.ABC):
         """What makes the value: dataclass fields, or the attributes of a plain subclass."""
         if dataclasses.is_dataclass(self):
             return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        return list(vars(self).items())
+        slots = [name for kind in type(self).__mro__ for name in getattr(kind, "__slots__", ())]
+        attributes = {**vars(self), **{name: getattr(self, name) for name in slots}}
+        return [(name, value) for name, value in attributes.items() if name != "_made"]
+
+    def __setattr__(self, name, value):
+        if "_made" in vars(self):
+            raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+        object.__setattr__(self, name, value)
 
     def __eq__(self, other):
         if type(self) is not type(other):
@@ -223,7 +249,9 @@ def check_pattern(name, value):
     try:
         hash(value)
     except TypeError:
-        raise TypeError(received(name, "hashable: no arrays or lists as fields", value)) from None
+        raise TypeError(
+            received(name, "hashable: a frozen dataclass without arrays or lists", value)
+        ) from None
     return value
 
 

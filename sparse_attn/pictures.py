@@ -15,11 +15,11 @@ _ALLOWED = "#0b5fa5"
 _EMPTY = "#eef1f4"
 
 
-def shares(pattern, n, m, rows, columns):
-    """How full each cell of a grid over the pattern is.
+def shares(answer, n, m, rows, columns):
+    """How full each cell of a grid over a pattern is.
 
     Args:
-        pattern: a predicate `(q_pos, k_pos) -> bool`.
+        answer: a predicate of `(n,)` and `(m,)` positions, giving `(n, m)` bools.
         n, m: numbers of queries and keys.
         rows, columns: numbers of cells, at most `n` and `m`.
 
@@ -27,26 +27,25 @@ def shares(pattern, n, m, rows, columns):
         A `(rows, columns)` float array of shares in [0, 1].
     """
     edges = np.linspace(0, m, columns + 1).astype(int)
-    k_pos = np.arange(m)[None, :]
+    k_pos = np.arange(m)
     grid = []
     for positions in np.array_split(np.arange(n), rows):
         chosen = np.linspace(0, len(positions) - 1, min(_SAMPLES, len(positions))).astype(int)
-        allowed = np.asarray(pattern(positions[chosen][:, None], k_pos))
-        share = np.broadcast_to(allowed, (len(chosen), m)).mean(axis=0)
+        share = answer(positions[chosen], k_pos).mean(axis=0)
         grid.append(np.add.reduceat(share, edges[:-1]) / np.diff(edges))
     return np.array(grid)
 
 
-def text(pattern, n, m, width):
+def text(answer, n, m, width):
     """Lines of text, one character a cell; see `Pattern.text`."""
-    grid = shares(pattern, n, m, min(n, max(1, width // 2)), min(m, width))
+    grid = shares(answer, n, m, min(n, max(1, width // 2)), min(m, width))
     levels = np.ceil(grid * 4 - 1e-9).astype(int)
     return "\n".join("".join(" ░▒▓█"[level] for level in line).rstrip() for line in levels)
 
 
-def svg(pattern, n, m, cells):
+def svg(answer, n, m, cells, title):
     """An SVG drawing, one square a cell; see `Pattern.svg`."""
-    grid = shares(pattern, n, m, min(n, cells), min(m, cells))
+    grid = shares(answer, n, m, min(n, cells), min(m, cells))
     height, width = (size * _CELL for size in grid.shape)
     squares = []
     for row, line in enumerate(grid):
@@ -56,7 +55,7 @@ def svg(pattern, n, m, cells):
                 f'<rect x="{start * _CELL}" y="{row * _CELL}" '
                 f'width="{(stop - start) * _CELL}" height="{_CELL}" opacity="{opacity:.2f}"/>'
             )
-    title = f"{pattern!r}, {n} queries (down) by {m} keys (across)"
+    title = f"{title}, {n} queries (down) by {m} keys (across)"
     title = title.replace("&", "&amp;").replace("<", "&lt;")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '

@@ -19,8 +19,6 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from sparse_attn.checks import check_int
 from sparse_attn.layouts import (
     NOMINAL_LENGTH,
@@ -49,6 +47,7 @@ from sparse_attn.patterns import (
 )
 
 MAX_PARTS = 4
+LONGEST = 2**31  # positions are int32: where a length is unknown, it is no longer than this
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,9 @@ class Plan:
     def scored_pairs(self):
         """Pairs that are scored for each head and batch row; an int.
 
-        Where a length is unknown it is taken at a nominal one.
+        Where a length is unknown, at `NOMINAL_LENGTH`, a very long one. At a
+        length for which the parts hold more pairs than there are, attention
+        is computed densely.
         """
         return sum(part.scored_pairs for part in self.parts)
 
@@ -145,8 +146,12 @@ def plan(pattern, n=None, m=None):
     return _plan(pattern, n, m)
 
 
-@functools.lru_cache(maxsize=1024)
 def _plan(pattern, n, m):
+    return _cached_plan(pattern, n, m, len(bound.registry) + len(rewrite.registry))
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_plan(pattern, n, m, registered):
     terms = _terms(pattern, n, m)
     # The dearest first: the others give up what it allows.
     terms.sort(key=lambda term: -_cost(term.bound, n, m))
@@ -158,8 +163,7 @@ def _plan(pattern, n, m):
                 exact = exact & ~earlier.pattern
         parts.append(Part(term.bound, exact, layout(term.bound, n, m)))
     dense = layout(Band(), n, m)
-    known = n is not None and m is not None
-    if known and sum(part.scored_pairs for part in parts) >= dense.scored_pairs:
+    if sum(part.scored_pairs for part in parts) >= dense.scored_pairs:
         parts = [Part(Band(), parts[0].pattern if len(parts) == 1 else pattern, dense)]
     return Plan(tuple(parts), n, m)
 
@@ -190,13 +194,12 @@ def plan_at(pattern, q_pos, n, m, dim):
 
 
 def _layout_at(bound, q_pos, n, m):
-    match bound:
-        case Band(left, right, rate):
-            index = band_rows(left, right, rate, q_pos, m)
-        case Blocks(size):
-            index = block_rows(size, q_pos)
-        case _:
-            return layout(bound, None, m if isinstance(m, int) else None)
+    if isinstance(bound, Prefix):  # the same keys for all
+        return layout(bound, None, m if isinstance(m, int) else None)
+    if isinstance(bound, Blocks):
+        index = block_rows(bound.size, q_pos)
+    else:
+        index = band_rows(bound.left, bound.right, bound.rate, q_pos, m)
     return layout(Band()) if index is None else Rows(index)
 
 
@@ -227,15 +230,36 @@ def layout(bound, n=None, m=None):
 def bound(pattern):
     """A `Band`, `Blocks` or `Prefix` that allows every pair that `pattern` does.
 
-    Register one for a pattern of your own to make it fast.
+    Register one for a pattern of your own to make it fast:
+    `bound.register(MyPattern, lambda pattern: Band(pattern.reach, 0))`. It
+    holds for that class alone: a subclass may allow other pairs.
+
+    Args:
+        pattern: a `Pattern`.
+
+    Returns:
+        A `Pattern`: what is registered for its class, or `Band()`, all pairs.
     """
     return Band()
 
 
 @functools.singledispatch
 def rewrite(pattern):
-    """The same pairs, said in the terms of a plan."""
+    """The same pairs, said in the terms of a plan.
+
+    Args:
+        pattern: a `Pattern`.
+
+    Returns:
+        A `Pattern` equal to it at every pair: what is registered for its
+        class, and for that class alone, or `pattern` itself.
+    """
     return pattern
+
+
+def _registered(function, pattern):
+    """What is registered for a class, not for a parent whose predicate it may override."""
+    return function.registry.get(type(pattern), function.registry[object])(pattern)
 
 
 rewrite.register(Full, lambda pattern: Band())
@@ -268,39 +292,42 @@ class Term:
 
 def _terms(pattern, n, m):
     """Spread a pattern into terms joined by "or"; they may overlap."""
-    pattern = rewrite(pattern)
-    match pattern:
-        case Or(first, second):
-            return _fuse(_terms(first, n, m) + _terms(second, n, m), n, m)
-        case And(first, second):
-            pairs = itertools.product(_terms(first, n, m), _terms(second, n, m))
-            both = (_both(a, b, n, m) for a, b in pairs)
-            return _fuse([term for term in both if term is not None], n, m)
-        case Not(inner):
-            return _complement(rewrite(inner), n, m)
-    return _term(bound(pattern), pattern, n, m)
+    pattern = _registered(rewrite, pattern)
+    kind = type(pattern)
+    if kind is Or:
+        return _fuse(_terms(pattern.first, n, m) + _terms(pattern.second, n, m), n, m)
+    if kind is And:
+        pairs = itertools.product(_terms(pattern.first, n, m), _terms(pattern.second, n, m))
+        both = (_both(a, b, n, m) for a, b in pairs)
+        return _fuse([term for term in both if term is not None], n, m)
+    if kind is Not:
+        return _complement(_registered(rewrite, pattern.pattern), n, m)
+    return _term(_registered(bound, pattern), pattern, n, m)
 
 
 def _complement(pattern, n, m):
-    match pattern:
-        case Or(first, second):
-            return _terms(~first & ~second, n, m)
-        case And(first, second):
-            return _terms(~first | ~second, n, m)
-        case Not(inner):
-            return _terms(inner, n, m)
-        case Band(left, right, 1):
-            ahead = Band(left=-right - 1) if right is not None else None
-            behind = Band(right=-left - 1) if left is not None else None
-            sides = [side for side in (ahead, behind) if side is not None]
-            return [term for side in sides for term in _term(side, side, n, m)]
+    """The terms of `~pattern`: "not" is moved inwards."""
+    kind = type(pattern)
+    if kind is Or:
+        return _terms(~pattern.first & ~pattern.second, n, m)
+    if kind is And:
+        return _terms(~pattern.first | ~pattern.second, n, m)
+    if kind is Not:
+        return _terms(pattern.pattern, n, m)
+    if kind is Band and pattern.rate == 1:
+        sides = []
+        if pattern.right is not None:
+            sides.append(Band(left=-pattern.right - 1))
+        if pattern.left is not None:
+            sides.append(Band(right=-pattern.left - 1))
+        return [term for side in sides for term in _term(side, side, n, m)]
     return _term(Band(), ~pattern, n, m)
 
 
 def _term(found, pattern, n, m):
     """A list of the one term with this bound in its simplest form, or of none."""
-    found = rewrite(found)
-    if not isinstance(found, (Band, Blocks, Prefix)):
+    found = _registered(rewrite, found)
+    if type(found) not in (Band, Blocks, Prefix):
         raise TypeError(
             f"The bound of a pattern must be a Band, Blocks or Prefix. "
             f"Received: bound({pattern!r}) = {found!r}"
@@ -363,29 +390,30 @@ def _cost(bound, n, m):
 
 def _simplify(bound, n, m):
     """The bound in its simplest form for `n` queries and `m` keys; `None` if it is empty."""
-    longest = max(n, m) if n is not None and m is not None else math.inf
+    n, m = LONGEST if n is None else n, LONGEST if m is None else m
+    longest = max(n, m)
     match bound:
         case Prefix(length):
             if length == 0:
                 return None
-            return Band() if m is not None and length >= m else bound
+            return Band() if length >= m else bound
         case Blocks(size):
             return Band() if size >= longest else bound
     left, right, rate = bound.left, bound.right, bound.rate
     if rate >= longest:  # of the comb, the diagonal alone is in reach
-        return Band(0, 0) if bound(np.int64(0), np.int64(0)) else None
+        return Band(0, 0) if bound(0, 0) else None
     # What is out of reach is unlimited, or empty.
     if left is not None:
         left = left // rate * rate
-        if m is not None and -left >= m:
+        if -left >= m:
             return None
-        if n is not None and left >= n - 1:
+        if left >= n - 1:
             left = None
     if right is not None:
         right = right // rate * rate
-        if n is not None and -right >= n:
+        if -right >= n:
             return None
-        if m is not None and right >= m - 1:
+        if right >= m - 1:
             right = None
     if left is not None and right is not None:
         if -left > right:

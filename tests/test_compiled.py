@@ -78,6 +78,36 @@ def test_positions_of_a_decoder_may_be_a_tensor():
         close(to_numpy(step(q, k, v, start)), expected, f"start {start}")
 
 
+@pytest.mark.parametrize("xla", [False, True], ids=["plain", "xla"])
+@pytest.mark.parametrize(
+    "pattern", [Blocks(100_000), Prefix(5000), Atrous(70_000), Strided(3000), Local(4096)], ids=repr
+)
+def test_a_short_sequence_of_unknown_length_does_not_pay_for_a_long_pattern(pattern, xla):
+    # Tiles made for the pattern would not fit in memory: dense is less here.
+    function = compiled(pattern, None, xla)
+    n = 16
+    q, k, v = random_inputs(n, n)
+    out, *_ = function(q, k, v, np.ones((2, n), bool), np.ones((2, n, 2, 3), FLOAT))
+    close(to_numpy(out), dense_attention(q, k, v, pattern)[0], "out")
+
+
+@pytest.mark.parametrize("positions", [None, 3])
+def test_a_function_is_traced_without_a_warning(positions, caplog):
+    q, k, v = random_inputs(8, 8)
+
+    @tf.function
+    def function(q, k, v):
+        return sparse_attention(q, k, v, Causal() & Local(3), query_positions=positions)
+
+    logger = tf.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        function(q, k, v)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if "AutoGraph" in record.getMessage()]
+
+
 def test_dropout_compiled_draws_anew_each_call():
     seed = keras.random.SeedGenerator(3)
     q, k, v = random_inputs(29, 29)

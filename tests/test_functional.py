@@ -86,7 +86,9 @@ def test_scale(scale):
 # ---- Masks and biases for every pair -----------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(13, 12), (2, 13, 12), (1, 1, 13, 12), (2, 2, 13, 12)])
+@pytest.mark.parametrize(
+    "shape", [(13, 12), (1, 13, 12), (2, 13, 12), (1, 1, 13, 12), (2, 2, 13, 12)]
+)
 @pytest.mark.parametrize("pattern", SOME, ids=repr)
 def test_attention_mask(pattern, shape):
     mask = np.random.default_rng(3).random(shape) < 0.6
@@ -98,6 +100,18 @@ def test_attention_mask(pattern, shape):
 def test_bias_and_its_gradient(pattern, shape):
     bias = np.random.default_rng(3).normal(size=shape)
     assert_equals_oracle(pattern, 13, 12, bias=bias, **random_masks(13, 12))
+
+
+@pytest.mark.parametrize("positions", [None, 5])
+@pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
+def test_everything_at_once(pattern, positions):
+    rng = np.random.default_rng(3)
+    options = {
+        "bias": rng.normal(size=(2, 1, 13, 12)),
+        "attention_mask": rng.random((13, 12)) < 0.6,
+    }
+    masks = random_masks(13, 12)
+    assert_equals_oracle(pattern, 13, 12, query_positions=positions, **options, **masks)
 
 
 @pytest.mark.parametrize("pattern", SOME, ids=repr)
@@ -184,6 +198,25 @@ def test_a_query_with_no_key_gives_zero(pattern, dtype, dropout):
     for gradient in gradients:
         assert np.isfinite(gradient).all()
         assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=repr)
+def test_masked_keys_lose_against_the_lowest_of_scores(pattern):
+    n = 13
+    q = np.full((1, n, 1, 4), 1e9, "float32")
+    k = -1e9 * (1 + np.arange(n, dtype="float32"))[None, :, None, None] * np.ones((1, n, 1, 4), "f")
+    mask = np.arange(n)[None] % 3 != 0
+    out = to_numpy(sparse_attention(q, k, np.ones((1, n, 1, 2), "f"), pattern, key_mask=mask))
+    expected = (pattern.mask(n) & mask).any(axis=1)
+    np.testing.assert_array_equal(out[0, :, 0, 0], expected.astype("float32"))
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
+def test_lengths_of_zero(n, m):
+    q, k, v = random_inputs(n, m)
+    out, lse = sparse_attention(q, k, v, Causal() & Local(3), return_lse=True)
+    np.testing.assert_array_equal(to_numpy(out), np.zeros((2, n, 2, 3)))
+    np.testing.assert_array_equal(to_numpy(lse), np.full((2, n, 2), -np.inf))
 
 
 def test_a_pattern_that_allows_nothing():
@@ -324,9 +357,50 @@ def test_merge_over_two_sets_of_keys_equals_attention_over_both(cut):
         close(gradient, expected_gradients[name], name)
 
 
-def test_merge_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="`parts` must be a non-empty list"):
-        merge_attention([])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_merge_where_a_query_has_no_keys(dtype):
+    out = keras.ops.cast(np.array([[[[1.0]], [[np.nan]]], [[[3.0]], [[4.0]]]]), dtype)
+    lse = keras.ops.cast(np.array([[[0.0], [-np.inf]], [[1.0], [-np.inf]]]), dtype)
+    other = keras.ops.cast(np.array([[[5.0], [-np.inf]], [[-np.inf], [2.0]]]), dtype)
+    merged, merged_lse = merge_attention([(out, lse), (keras.ops.ones_like(out) * 7, other)])
+    weight = 1 / (1 + np.exp(5))
+    expected = [[weight + 7 * (1 - weight), 0], [3, 7]]
+    found = to_numpy(keras.ops.cast(merged, "float32"))[..., 0, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-2)
+    expected = [[np.log(1 + np.exp(5)), -np.inf], [1, 2]]
+    np.testing.assert_allclose(to_numpy(merged_lse)[..., 0], expected, rtol=1e-3)
+    assert keras.backend.standardize_dtype(merged_lse.dtype) == "float32"
+
+
+PAIR = np.zeros((2, 3, 1, 4), "float32"), np.zeros((2, 3, 1), "float32")
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ([], ValueError, r"`parts` must be a non-empty list of pairs \(out, lse\). .*parts=\[\]"),
+        (None, TypeError, "`parts` must be a non-empty list of pairs .*parts=None"),
+        ([PAIR[0]], TypeError, r"`parts\[0\]` must be a pair \(out, lse\)"),
+        (
+            [PAIR, PAIR[::-1]],
+            ValueError,
+            r"`parts\[1\]\[0\]` must have shape \(2, 3, 1, 4\). .*shape=\(2, 3, 1\)",
+        ),
+        (
+            [(PAIR[0], PAIR[0])],
+            ValueError,
+            r"`parts\[0\]\[1\]` must have shape \(2, 3, 1\). .*shape=\(2, 3, 1, 4\)",
+        ),
+        (
+            [(PAIR[0].astype("int32"), PAIR[1])],
+            TypeError,
+            r"`parts\[0\]\[0\]` must be of a float dtype. .*dtype=int32",
+        ),
+    ],
+)
+def test_merge_refuses_bad_parts(parts, error, message):
+    with pytest.raises(error, match=message):
+        merge_attention(parts)
 
 
 # ---- The weights themselves --------------------------------------------------
@@ -383,7 +457,7 @@ BAD = [
     (
         lambda: sparse_attention(Q, K.astype("float16"), V, Full()),
         TypeError,
-        "`key.dtype` must be that of `query`",
+        "`key` must be of the dtype of `query`, float32. Received: key.dtype=float16",
     ),
     (
         lambda: sparse_attention(Q, K, V, Full(), key_mask=BOOLS),
@@ -398,7 +472,7 @@ BAD = [
     (
         lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((3, 6, 7), bool)),
         ValueError,
-        r"`attention_mask` must have shape \(6, 7\) or \(2, 6, 7\) or \(1 or 2, 1 or 2, 6, 7\)",
+        r"`attention_mask` must have shape \(6, 7\) or \(1 or 2, 6, 7\) or \(1 or 2, 1 or 2, 6, 7\)",
     ),
     (
         lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((6, 7), "float32")),
@@ -424,6 +498,31 @@ BAD = [
         lambda: sparse_attention(Q, K, V, Full(), dropout=0.1, seed=0.5),
         TypeError,
         "`seed` must be an int. Received: seed=0.5",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), scale=np.ones(4)),
+        TypeError,
+        "`scale` must be a finite number. Received: scale=array",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), scale=float("nan")),
+        ValueError,
+        "`scale` must be a finite number. Received: scale=nan",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), return_lse=1),
+        TypeError,
+        "`return_lse` must be True or False. Received: return_lse=1",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_positions=np.array([0, 1, -1, 2, 3, 4])),
+        ValueError,
+        r"`query_positions` must be in \[0, 2\*\*31\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_positions=2**32 + 3),
+        ValueError,
+        r"`query_positions` must be in \[0, 2\*\*31\). Received: query_positions=4294967299",
     ),
     (
         lambda: sparse_attention(Q, K, V, Full(), query_positions=-1),

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -265,6 +267,38 @@ def test_fit_save_and_load_without_custom_objects(make, dtype, tmp_path):
     again.fit(x, y, verbose=0)
 
 
+def test_a_saved_model_loads_in_a_fresh_process(tmp_path):
+    model = make_model(SELF["self"])
+    x = tokens()
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", model.predict(x, verbose=0))
+    model.save(tmp_path / "model.keras")
+    code = """
+import keras, numpy as np
+import sparse_attn
+model = keras.models.load_model("model.keras")
+np.testing.assert_array_equal(model.predict(np.load("x.npy"), verbose=0), np.load("y.npy"))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(  # noqa: S603
+        command, capture_output=True, text=True, check=False, timeout=200, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "mixed_bfloat16"])
+def test_dtypes_of_sublayers_and_outputs(dtype):
+    layer = LocalSelfAttention(2, 4, 3, dtype=dtype)
+    symbolic = layer(keras.Input((7, 6)))
+    out, scores = layer(inputs(7), return_attention_scores=True)
+    expected = dtype.removeprefix("mixed_")
+    for x in (symbolic, out, scores):
+        assert keras.backend.standardize_dtype(x.dtype) == expected
+    for sub in layer._flatten_layers(include_self=False):
+        assert sub.compute_dtype == expected
+        assert sub.variable_dtype == ("float32" if "mixed" in dtype else expected)
+
+
 @every_layer
 def test_config_round_trip_is_json_and_equal(make):
     layer = make(
@@ -420,12 +454,22 @@ BAD = [
     (
         lambda: call(mask=np.ones((2, 13))),
         TypeError,
-        "`query_mask` must be bool, True = may be attended. Received: query_mask.dtype=float",
+        "`mask` must be bool, True = may be attended. Received: mask.dtype=float",
     ),
     (
         lambda: call(mask=np.ones((2, 12), bool)),
         ValueError,
-        r"`query_mask` must have shape \(2, 13\). Received: query_mask.shape=\(2, 12\)",
+        r"`mask` must have shape \(2, 13\). Received: mask.shape=\(2, 12\)",
+    ),
+    (
+        lambda: MultiHeadAttention(2, 4)(inputs(5), inputs(5, b=3)),
+        ValueError,
+        r"`value` must have the batch size of `query`, 2. Received: shape=\(3, 5, 6\)",
+    ),
+    (
+        lambda: MultiHeadAttention(2, 4)(inputs(5), inputs(5), query_mask=np.ones((2, 5))),
+        TypeError,
+        "`query_mask` must be bool",
     ),
     (
         lambda: call(attention_mask=np.ones((2, 13, 12), bool)),

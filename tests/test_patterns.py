@@ -211,12 +211,28 @@ def test_plain_subclass_with_its_own_init_is_compared_by_its_attributes():
     np.testing.assert_array_equal(Step(1).mask(3), np.eye(3, k=-1, dtype=bool))
 
 
+def test_a_subclass_with_slots_is_compared_by_them():
+    class Step(Pattern):
+        __slots__ = ("size",)
+
+        def __init__(self, size):
+            self.size = size
+
+        def __call__(self, q_pos, k_pos):
+            return q_pos - k_pos == self.size
+
+    assert Step(1) == Step(1)
+    assert Step(1) != Step(2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Step(1).size = 2
+
+
 @pytest.mark.parametrize("pattern", LEAVES, ids=repr)
-def test_patterns_are_frozen(pattern):
-    if dataclasses.fields(pattern) if dataclasses.is_dataclass(pattern) else ():
-        name = dataclasses.fields(pattern)[0].name
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(pattern, name, 1)
+@pytest.mark.parametrize("name", ["window", "anything"])
+def test_patterns_are_frozen(pattern, name):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(pattern, name, 1)
+    assert not hasattr(pattern, "anything")
 
 
 @given(expressions)
@@ -359,6 +375,10 @@ def test_predicate_that_answers_badly_is_named():
         Number().mask(4)
     with pytest.raises(ValueError, match=r"Table\(\) must answer with a shape .*\(4, 4\)"):
         Table().mask(4)
+    for draw in (Number().text, Number().svg):
+        with pytest.raises(TypeError, match=r"Number\(\) must answer with bools"):
+            draw(4)
+    assert Table()._repr_svg_() is None  # a notebook then shows its name
 
 
 def test_a_predicate_may_answer_with_one_bool():

@@ -163,15 +163,38 @@ def test_a_registered_bound_makes_a_pattern_fast():
             return (distance == 3) | (distance == -2)
 
     assert plan(Spots(), 1000).share == 1
-    plan_before = plan(Spots(), 1000)
     bound.register(Spots, lambda pattern: Local((3, 2)))
+    assert plan(Spots(), 1000).share < 0.1
+    check(Spots(), 29, 31)
 
-    class MoreSpots(Spots):
-        pass
 
-    assert plan_before.share == 1
-    assert plan(MoreSpots(), 1000).share < 0.1
-    check(MoreSpots(), 29, 31)
+@pytest.mark.parametrize("parent", [Local(3), Prefix(4), Band(2, 2), Causal(), Blocks(4)], ids=repr)
+def test_a_subclass_that_overrides_the_predicate_is_not_taken_for_its_parent(parent):
+    class Odd(type(parent)):
+        def __call__(self, q_pos, k_pos):
+            return super().__call__(q_pos, k_pos) ^ ((q_pos - k_pos) % 2 == 1)
+
+    pattern = Odd(*[getattr(parent, name) for name in parent.__match_args__])
+    assert not np.array_equal(pattern.mask(29), parent.mask(29))
+    for each in (pattern, ~pattern, pattern & Causal(), pattern | Local(2)):
+        check(each, 29, 31)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Local(10**12), Atrous(10**12), Blocks(10**12), Prefix(10**12), Dilated(3, 10**12)]
+)
+def test_numbers_beyond_any_length(pattern):
+    check(pattern, 13, 13)
+    for part in plan(pattern):
+        assert part.bound in (Band(), Band(0, 0))
+
+
+def test_plans_for_unknown_lengths_stay_linear():
+    for pattern in (Local(4096), Strided(4096) & Local(9000), Blocks(100_000), Prefix(5000)):
+        assert all(part.bound != Band() for part in plan(pattern))
+        assert plan(pattern).share < 1
+    assert plan(~Local(4)).share == 1
+    assert plan(Atrous(2) | Atrous(3) | Atrous(5)).share == 1
 
 
 def test_decoding_gathers_only_the_window():
@@ -195,6 +218,8 @@ def test_lengths_that_a_pattern_cannot_relate():
             plan(pattern, 8)
         with pytest.raises(ValueError, match=r"lengths of 9. Received: n=9, m=4"):
             pattern.mask(9, 4)
+        with pytest.raises(ValueError, match=r"lengths of 9. Received: n=None, m=4"):
+            plan_at(pattern, keras.ops.convert_to_tensor([3]), 1, 4, dim=8)
         plan(pattern)
 
 
@@ -220,7 +245,7 @@ def test_a_pattern_that_cannot_be_hashed_is_named():
         def __call__(self, q_pos, k_pos):
             return q_pos >= k_pos
 
-    with pytest.raises(TypeError, match="`pattern` must be hashable: no arrays or lists"):
+    with pytest.raises(TypeError, match="`pattern` must be hashable: a frozen dataclass without"):
         plan(Table([1, 2]), 4)
 
 

@@ -46,7 +46,7 @@ class MultiHeadAttention(keras.layers.Layer):
         key: `(b, m, features)`, `value` by default.
         query_mask: `(b, n)` bools, True = valid; Keras fills it in.
         value_mask, key_mask: `(b, m)` bools, True = valid; Keras fills them in.
-        attention_mask: `(n, m)`, `(b, n, m)` or `(b|1, h|1, n, m)` bools, True
+        attention_mask: `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)` bools, True
             = may be attended; of size n * m by nature, prefer a pattern.
         return_attention_scores: whether to return the weights too. They are
             `(b, h, n, m)`: computed densely, whatever the pattern, and without
@@ -160,7 +160,7 @@ class MultiHeadAttention(keras.layers.Layer):
         q = self._project(self.query_dense, query, masks["query_mask"])
         k = self._project(self.key_dense, key, masks["key_mask"])
         v = self._project(self.value_dense, value, masks["key_mask"])
-        dropout = self.dropout if training else 0.0
+        dropout = self.dropout if self.dropout and training else 0.0
         seed = self.seed_generator if dropout else None
         out = sparse_attention(q, k, v, pattern, dropout=dropout, seed=seed, **masks)
         out = self.output_dense(rearrange(out, "b n h e -> b n (h e)"))
@@ -205,6 +205,12 @@ class MultiHeadAttention(keras.layers.Layer):
                 raise ValueError(
                     f"`{name}` must have shape {requirement}. Received: shape={tuple(shape)}"
                 )
+        for name, shape in (("value", value_shape), ("key", key_shape)):
+            if None not in (shape[0], query_shape[0]) and shape[0] != query_shape[0]:
+                raise ValueError(
+                    f"`{name}` must have the batch size of `query`, {query_shape[0]}. "
+                    f"Received: shape={tuple(shape)}"
+                )
         if None not in (key_shape[1], value_shape[1]) and key_shape[1] != value_shape[1]:
             raise ValueError(
                 f"`key` must be as long as `value`. "
@@ -238,7 +244,7 @@ class MultiHeadAttention(keras.layers.Layer):
         check_mask("query_mask", query_mask, (b, n))
         check_mask("key_mask", key_mask, (b, m))
         check_mask("value_mask", value_mask, (b, m))
-        pairs = ((n, m), (b, n, m), ((1, b), (1, self.num_heads), n, m))
+        pairs = ((n, m), ((1, b), n, m), ((1, b), (1, self.num_heads), n, m))
         check_mask("attention_mask", attention_mask, *pairs)
         features = self._output_features(query.shape)
         out = keras.KerasTensor((b, n, *features), dtype=self.compute_dtype)

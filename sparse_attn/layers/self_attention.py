@@ -4,6 +4,7 @@ import keras
 
 from sparse_attn.checks import check_bool
 from sparse_attn.layers.multi_head_attention import MultiHeadAttention
+from sparse_attn.masking import check_mask
 from sparse_attn.patterns import Atrous, Causal, Full, Local, Strided, check_pattern
 
 
@@ -64,7 +65,7 @@ class SelfAttention(MultiHeadAttention):
         use_causal_mask=False,
     ):
         # Keras fills in `mask` beside one tensor, `query_mask` beside several.
-        mask = query_mask if mask is None else mask
+        mask = query_mask if mask is None else check_mask("mask", mask, query.shape[:2])
         return super().call(
             query,
             query,
