@@ -25,7 +25,7 @@ from sparse_attn.masking import (
     zero_masked,
 )
 from sparse_attn.patterns import Band, check_pattern
-from sparse_attn.plan import Part, layout, plan, plan_at
+from sparse_attn.plan import plan, plan_at
 
 
 def sparse_attention(
@@ -120,28 +120,16 @@ def sparse_attention(
     # No two tiles may drop alike: a number is counted on, a generator draws anew.
     seeds = itertools.count(seed) if isinstance(seed, int) else itertools.repeat(seed)
 
-    def attend_over(parts):
-        found = []
-        for part in parts:
-            tiles = _Tiles(part, q_pos, m, key_mask, attention_mask, bias)
-            need_lse = return_lse or len(parts) > 1
-            found.append(tiles.attend(query, key, value, n, dropout, seeds, need_lse))
-        if not found:  # the pattern allows nothing at these lengths
-            shape = ops.shape(query)[:3]
-            out = ops.zeros((*shape, value.shape[-1]), query.dtype)
-            found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
-        out, lse = merge(found)
-        return (out, lse) if return_lse else out
-
-    if query_positions is None and None in known and parts:
-        # Only now is it known whether the tiles hold more pairs than there are.
-        everything = ops.cast(n, "float32") * ops.cast(m, "float32")
-        tiled = sum(ops.cast(part.layout.scored_pairs_at(n, m), "float32") for part in parts)
-        dense = (Part(Band(), pattern, layout(Band())),)
-        found = ops.cond(tiled > everything, lambda: attend_over(dense), lambda: attend_over(parts))
-    else:
-        found = attend_over(parts)
-    out, lse = found if return_lse else (found, None)
+    need_lse = return_lse or len(parts) > 1
+    found = []
+    for part in parts:
+        tiles = _Tiles(part, q_pos, m, key_mask, attention_mask, bias)
+        found.append(tiles.attend(query, key, value, n, dropout, seeds, need_lse))
+    if not found:  # the pattern allows nothing at these lengths
+        shape = ops.shape(query)[:3]
+        out = ops.zeros((*shape, value.shape[-1]), query.dtype)
+        found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
+    out, lse = merge(found)
 
     out = zero_masked(out, query_mask)
     if not return_lse:
@@ -155,8 +143,8 @@ class _Tiles:
     """The tiles of one part: where they lie, and what is masked in them."""
 
     def __init__(self, part, q_pos, m, key_mask=None, attention_mask=None, bias=None):
-        self.layout = layout = part.layout
         n = ops.shape(q_pos)[0]
+        self.layout = layout = part.layout.at(n, m)
         k_pos = ops.arange(m, dtype="int32")
         # Positions go through the same cut as the vectors they belong to.
         self.q_pos = [
@@ -167,7 +155,7 @@ class _Tiles:
         ]
         positions = zip(self.q_pos, self.k_pos, strict=True)
         self.masks = [self._pattern_mask(part.pattern, *pos) for pos in positions]
-        if key_mask is not None or layout.pads_keys:
+        if key_mask is not None or part.layout.pads_keys:
             valid = _as_rows(k_pos) >= 0 if key_mask is None else key_mask[:, :, None, None]
             valid = layout.split_keys(valid, n)
             self._restrict([rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in valid])

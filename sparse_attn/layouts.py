@@ -12,15 +12,15 @@ Every layout has
   `(b, h, t, i, d)` and `(b, h, t, j, d)`; rows that padding adds are zero;
 - `join(tiles, n)`: the inverse of `split_queries`, `n` rows of it;
 - `pads_keys`: whether a tile may hold keys that are only padding;
-- `scored_pairs`: how many pairs of positions its tiles hold, and
-  `scored_pairs_at(n, m)`: how many they hold at lengths that may be tensors.
+- `scored_pairs`: how many pairs of positions its tiles hold;
+- `at(n, m)`: the layout once the lengths are there, as tensors perhaps.
 
 Lengths may be unknown (`None`): then all sizes follow from the tensors.
 """
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from einops import rearrange
@@ -34,28 +34,33 @@ def crop(x, start, length):
 
     Args:
         x: a tensor `(b, n, ...)`.
-        start: int, may be negative.
+        start: int or int tensor, may be negative.
         length: int or int tensor.
     """
     rows = ops.shape(x)[1]
-    before = max(-start, 0)
-    after = _at_least_zero(start + length - rows)
+    before = _most(-start, 0)
+    after = _most(start + length - rows, 0)
     if _may_be_positive(before) or _may_be_positive(after):
         x = ops.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (len(x.shape) - 2))
         rows = rows + before + after
-    start = max(start, 0)
-    if isinstance(rows, int) and isinstance(length, int) and (start, length) == (0, rows):
+    start = _most(start, 0)
+    if (
+        isinstance(start, int)
+        and isinstance(rows, int)
+        and isinstance(length, int)
+        and (start, length) == (0, rows)
+    ):
         return x
     shape = ops.shape(x)
     return ops.slice(x, (0, start) + (0,) * (len(shape) - 2), (shape[0], length, *shape[2:]))
 
 
-def _at_least_zero(size):
-    return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)
-
-
 def _least(a, b):
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else ops.minimum(a, b)
+
+
+def _most(a, b):
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else ops.maximum(a, b)
 
 
 def _may_be_positive(size):
@@ -81,6 +86,8 @@ class Halo:
         first: offset of a tile's first key from its first query.
         last: offset of the end of its keys.
         n: number of queries, or `None` while it is unknown.
+        shifts: the blocks that hold a tile's keys, as the least and the
+            greatest distance from its own; they follow from the rest.
     """
 
     rate: int
@@ -88,6 +95,24 @@ class Halo:
     first: int
     last: int
     n: int | None = None
+    shifts: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.shifts is None:
+            shifts = self.first // self.width, _blocks(self.last, self.width) - 1
+            object.__setattr__(self, "shifts", shifts)
+
+    def at(self, n, m):
+        """The layout for lengths of which one is a tensor: no tile is much longer than they are."""
+        ahead = self.last - self.width
+        if self.n is not None or self.first > 0 or ahead < 0:
+            return self
+        longest = _most(n, m)
+        rate = _least(self.rate, longest)
+        rows = _blocks(longest, rate)
+        width = _least(self.width, rows)
+        first, last = -_least(-self.first, rows), width + _least(ahead, rows)
+        return replace(self, rate=rate, width=width, first=first, last=last)
 
     @property
     def pads_keys(self):
@@ -95,10 +120,7 @@ class Halo:
 
     @property
     def scored_pairs(self):
-        return self.scored_pairs_at(self.n or NOMINAL_LENGTH, None)
-
-    def scored_pairs_at(self, n, m):
-        blocks = _blocks(n, self.rate * self.width)
+        blocks = self._num_blocks(self.n or NOMINAL_LENGTH)
         return self.rate * blocks * self.width * (self.last - self.first)
 
     def _num_blocks(self, queries):
@@ -111,8 +133,7 @@ class Halo:
 
     def split_keys(self, x, n):
         blocks = self._num_blocks(n)
-        # Whole blocks from shift `low` to `high` hold every key a tile needs.
-        low, high = self.first // self.width, _blocks(self.last, self.width) - 1
+        low, high = self.shifts
         step = self.width * self.rate
         x = crop(x, low * step, (blocks + high - low) * step)
         heads = x.shape[2]
@@ -120,11 +141,10 @@ class Halo:
         rows, _, _, dim = ops.shape(x)
         pieces = []
         for shift in range(low, high + 1):
-            start = max(self.first - shift * self.width, 0)
-            stop = min(self.last - shift * self.width, self.width)
-            pieces.append(
-                ops.slice(x, (0, shift - low, start, 0), (rows, blocks, stop - start, dim))
-            )
+            start = _least(_most(self.first - shift * self.width, 0), self.width)
+            stop = _least(self.last - shift * self.width, self.width)
+            size = _most(stop - start, 0)
+            pieces.append(ops.slice(x, (0, shift - low, start, 0), (rows, blocks, size, dim)))
         x = pieces[0] if len(pieces) == 1 else ops.concatenate(pieces, axis=2)
         return [rearrange(x, "(b h r) t j d -> b h (r t) j d", h=heads, r=self.rate)]
 
@@ -154,16 +174,20 @@ class Stairs:
     n: int | None = None
     m: int | None = None
 
+    def at(self, n, m):
+        """The layout for lengths of which one is a tensor: no more residues than they have rows."""
+        if self.n is not None and self.m is not None:
+            return self
+        return replace(self, rate=_least(self.rate, _most(n, m)))
+
     @property
     def pads_keys(self):
         return self.rate > 1 and (self.m is None or self.m % self.rate > 0)
 
     @property
     def scored_pairs(self):
-        return self.scored_pairs_at(self.n or NOMINAL_LENGTH, self.m or NOMINAL_LENGTH)
-
-    def scored_pairs_at(self, n, m):
-        queries, keys = _blocks(n, self.rate), _blocks(m, self.rate)
+        queries = _blocks(self.n or NOMINAL_LENGTH, self.rate)
+        keys = _blocks(self.m or NOMINAL_LENGTH, self.rate)
         return self.rate * sum(
             ((queries if q1 is None else q1) - q0) * ((keys if k1 is None else k1) - k0)
             for q0, q1, k0, k1 in self.steps
@@ -199,6 +223,9 @@ class Rows:
     """
 
     index: object
+
+    def at(self, n, m):
+        return self
 
     @property
     def pads_keys(self):
@@ -248,8 +275,9 @@ def column_layout(count, n=None, m=None):
 
 def _halo(left, right, rate, n):
     """Tiles wide enough for the matrix product, narrow enough to score few pairs in vain."""
-    width = 2 ** int(math.log2(math.sqrt(64 * (left + right + 1))))
-    width = min(max(width, 16), 512)
+    span = left + right + 1
+    width = 2 ** int(math.log2(math.sqrt(64 * span)))
+    width = max(16, min(width, 512), span // 16)
     if n is not None:
         rows = _blocks(n, rate)
         width = _blocks(rows, _blocks(rows, width))  # even tiles: the last is not half empty

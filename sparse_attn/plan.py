@@ -93,9 +93,8 @@ class Plan:
     def scored_pairs(self):
         """Pairs that are scored for each head and batch row; an int.
 
-        Where a length is unknown, at `NOMINAL_LENGTH`, a very long one. At a
-        length for which the parts hold more pairs than there are, attention
-        is computed densely.
+        Where a length is unknown, at `NOMINAL_LENGTH`, a very long one. The
+        tiles of a short sequence are cut down to it once its length is there.
         """
         return sum(part.scored_pairs for part in self.parts)
 

@@ -106,12 +106,9 @@ def test_bias_and_its_gradient(pattern, shape):
 @pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
 def test_everything_at_once(pattern, positions):
     rng = np.random.default_rng(3)
-    options = {
-        "bias": rng.normal(size=(2, 1, 13, 12)),
-        "attention_mask": rng.random((13, 12)) < 0.6,
-    }
-    masks = random_masks(13, 12)
-    assert_equals_oracle(pattern, 13, 12, query_positions=positions, **options, **masks)
+    masks = {**random_masks(13, 12), "attention_mask": rng.random((13, 12)) < 0.6}
+    bias = rng.normal(size=(2, 1, 13, 12))
+    assert_equals_oracle(pattern, 13, 12, query_positions=positions, bias=bias, **masks)
 
 
 @pytest.mark.parametrize("pattern", SOME, ids=repr)
@@ -472,7 +469,7 @@ BAD = [
     (
         lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((3, 6, 7), bool)),
         ValueError,
-        r"`attention_mask` must have shape \(6, 7\) or \(1 or 2, 6, 7\) or \(1 or 2, 1 or 2, 6, 7\)",
+        r"shape \(6, 7\) or \(1 or 2, 6, 7\) or \(1 or 2, 1 or 2, 6, 7\)",
     ),
     (
         lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((6, 7), "float32")),
