@@ -44,12 +44,8 @@ def crop(x, start, length):
         x = ops.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (len(x.shape) - 2))
         rows = rows + before + after
     start = _most(start, 0)
-    if (
-        isinstance(start, int)
-        and isinstance(rows, int)
-        and isinstance(length, int)
-        and (start, length) == (0, rows)
-    ):
+    known = all(isinstance(size, int) for size in (start, length, rows))
+    if known and (start, length) == (0, rows):
         return x
     shape = ops.shape(x)
     return ops.slice(x, (0, start) + (0,) * (len(shape) - 2), (shape[0], length, *shape[2:]))

@@ -11,8 +11,9 @@ from sparse_attn import layers
 
 DOCS = Path(__file__).parents[1] / "docs"
 API = (DOCS / "api.md").read_text(encoding="utf-8")
+MODULES = {"__version__", "layers", "masking", "reference"}
 PUBLIC = [
-    *[f"sparse_attn.{name}" for name in sparse_attn.__all__ if not name.startswith("__")],
+    *[f"sparse_attn.{name}" for name in sparse_attn.__all__ if name not in MODULES],
     *[f"sparse_attn.layers.{name}" for name in layers.__all__],
 ]
 

@@ -33,7 +33,7 @@ def counts(parts, n, m, q_pos=None):
     for part in parts:
         tiles = _Tiles(part, q_pos, m)
         # The row that a query came from goes through the cut as its position does.
-        came_from = part.layout.split_queries(keras.ops.arange(1, n + 1)[None, :, None, None])
+        came_from = tiles.layout.split_queries(keras.ops.arange(1, n + 1)[None, :, None, None])
         for row, k_pos, mask in zip(came_from, tiles.k_pos, tiles.masks, strict=True):
             row, k_pos = to_numpy(row)[0, 0], to_numpy(k_pos)
             row, k_pos = np.broadcast_arrays(row, k_pos)
