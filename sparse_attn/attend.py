@@ -47,8 +47,9 @@ def attend(query, key, value, mask=None, bias=None, *, keep=None, rate=0.0, retu
         keep = given.get("keep")
         scores = einsum(query, key, "b h t i d, b h t j d -> b h t i j")
         scores = ops.cast(scores, score_dtype)
-        for name in given.keys() & {"bias", "table"}:
-            scores = scores + ops.cast(given[name], score_dtype)
+        for name in ("bias", "table"):  # in one order, or the last bits would vary
+            if name in given:
+                scores = scores + ops.cast(given[name], score_dtype)
         weights = softmax(scores)
         lse = None
         if return_lse:  # the largest weight is exp(largest score - lse)

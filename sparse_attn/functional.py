@@ -4,7 +4,7 @@ import itertools
 
 import keras
 import numpy as np
-from einops import rearrange
+from einops import einsum, rearrange
 from keras import ops
 
 from sparse_attn.attend import attend, merge, public_lse
@@ -25,7 +25,7 @@ from sparse_attn.masking import (
     zero_masked,
 )
 from sparse_attn.patterns import Band, check_pattern
-from sparse_attn.plan import plan, plan_at
+from sparse_attn.plan import Part, layout, plan, plan_at
 
 
 def sparse_attention(
@@ -244,16 +244,12 @@ def attention_weights(
     check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
     query = query * _scale(query, scale)
-    q_pos, k_pos = ops.arange(n, dtype="int32"), ops.arange(m, dtype="int32")
-    mask = _evaluate(pattern, q_pos[:, None], k_pos[None, :])
-    mask = ops.broadcast_to(mask, (n, m))[None, None]
-    if query_mask is not None:
-        mask = mask & query_mask[:, None, :, None]
-    if key_mask is not None:
-        mask = mask & key_mask[:, None, None, :]
-    if attention_mask is not None:
-        mask = mask & attention_mask
-    return masked_softmax(ops.einsum("bihd,bjhd->bhij", query, key), mask)
+    part = Part(Band(), pattern, layout(Band()))  # one tile, of all pairs
+    tiles = _Tiles(part, ops.arange(n, dtype="int32"), m, key_mask, attention_mask)
+    (q,), (k,) = tiles.layout.split_queries(query), tiles.layout.split_keys(key, n)
+    scores = einsum(q, k, "b h t i d, b h t j d -> b h t i j")
+    weights = rearrange(masked_softmax(scores, *tiles.masks), "b h 1 i j -> b i h j")
+    return rearrange(zero_masked(weights, query_mask), "b i h j -> b h i j")
 
 
 def _scale(query, scale):

@@ -115,7 +115,7 @@ def plan(pattern, n=None, m=None):
     """Decide how a pattern is computed.
 
     Every pair that the pattern allows lies in exactly one part, and no plan
-    scores more pairs than a dense computation does.
+    for known lengths scores more pairs than a dense computation does.
 
     Args:
         pattern: a `Pattern`.
@@ -427,8 +427,8 @@ def _meet(a, b):
     a, b = _as_band(a), _as_band(b)
     return _simplify(
         Band(
-            _least(a.left, b.left),
-            _least(a.right, b.right),
+            _tighter(a.left, b.left),
+            _tighter(a.right, b.right),
             math.lcm(a.rate, b.rate),
         ),
         None,
@@ -469,6 +469,6 @@ def _as_band(bound):
     return bound
 
 
-def _least(a, b):
+def _tighter(a, b):
     """The smaller of two limits, where `None` is no limit."""
     return min((side for side in (a, b) if side is not None), default=None)

@@ -96,11 +96,9 @@ class MultiHeadAttention(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.supports_masking = True
-        if isinstance(pattern, dict):
-            pattern = keras.saving.deserialize_keras_object(pattern)
         self.num_heads = check_int("num_heads", num_heads, minimum=1)
         self.key_dim = check_int("key_dim", key_dim, minimum=1)
-        self.pattern = check_pattern("pattern", Full() if pattern is None else pattern)
+        self.pattern = read_pattern(pattern)
         self.value_dim = (
             self.key_dim if value_dim is None else check_int("value_dim", value_dim, minimum=1)
         )
@@ -274,6 +272,13 @@ class MultiHeadAttention(keras.layers.Layer):
             "bias_constraint": constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
+
+
+def read_pattern(pattern):
+    """The pattern that a constructor was given: one, its config, or `None` for `Full()`."""
+    if isinstance(pattern, dict):
+        pattern = keras.saving.deserialize_keras_object(pattern)
+    return check_pattern("pattern", Full() if pattern is None else pattern)
 
 
 def _features(output_shape):

@@ -3,9 +3,9 @@
 import keras
 
 from sparse_attn.checks import check_bool
-from sparse_attn.layers.multi_head_attention import MultiHeadAttention
+from sparse_attn.layers.multi_head_attention import MultiHeadAttention, read_pattern
 from sparse_attn.masking import check_mask
-from sparse_attn.patterns import Atrous, Causal, Full, Local, Strided, check_pattern
+from sparse_attn.patterns import Atrous, Causal, Local, Strided
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
@@ -46,9 +46,7 @@ class SelfAttention(MultiHeadAttention):
 
     def __init__(self, num_heads, key_dim, pattern=None, causal=False, **kwargs):
         self.causal = check_bool("causal", causal)
-        if isinstance(pattern, dict):
-            pattern = keras.saving.deserialize_keras_object(pattern)
-        pattern = check_pattern("pattern", Full() if pattern is None else pattern)
+        pattern = read_pattern(pattern)
         super().__init__(num_heads, key_dim, Causal() & pattern if causal else pattern, **kwargs)
 
     def build(self, query_shape):
