@@ -2,108 +2,62 @@
 
 import functools
 
-from einops import einsum, rearrange
+from einops import einsum
 from keras import ops
 
 from sparse_attn.checks import check_tensor, received
-from sparse_attn.masking import LOWEST, MASKED, additive_mask, softmax, wide, zero_masked
+from sparse_attn.masking import LOWEST, MASKED, softmax, wide, zero_masked
 
 
-def attend(query, key, value, mask=None, bias=None, *, keep=None, rate=0.0, return_lse=False):
-    """Scaled dot-product attention of each tile's queries over its keys.
-
-    The backward pass is written out, `ds = p * (dp - delta + dlse)`: of all the
-    tensors the size of the scores only the weights are kept for it.
+def weigh(query, key, tables=()):
+    """The softmax weights of each tile's queries over its keys.
 
     Args:
         query: `(b, h, t, i, d)`, already scaled and finite.
         key: `(b, h, t, j, d)`, finite.
-        value: `(b, h, t, j, e)`, finite.
-        mask: bools that broadcast to `(b, h, t, i, j)`, or `None`.
-        bias: finite numbers that broadcast so, added to the scores, or `None`.
-        keep: bools `(b, h, t, i, j)`, the weights that dropout keeps, or `None`.
-        rate: the share of weights that dropout drops.
-        return_lse: whether `lse` is wanted.
+        tables: float tensors to add to the scores, of float32 or wider and of
+            shapes that broadcast to `(b, h, t, i, j)`: biases, masks.
 
     Returns:
-        `(out, lse)`: `(b, h, t, i, e)`, 0 where no key is allowed, and
-        `(b, h, t, i)` in float32 or wider, before dropout, below `MASKED`
-        where no key is allowed; `None` unless it was wanted.
+        `(scores, weights)`, both `(b, h, t, i, j)` in float32 or wider.
     """
-    dtype, score_dtype = query.dtype, wide(query.dtype)
-    table = None if mask is None else additive_mask(mask, score_dtype)
-    extras = {"bias": bias, "table": table, "keep": keep}
-    extras = {name: x for name, x in extras.items() if x is not None}
-
-    def drop(weights, keep):
-        if keep is None:
-            return weights
-        return ops.where(keep, weights / (1 - rate), ops.zeros((), weights.dtype))
-
-    @ops.custom_gradient
-    def core(query, key, value, *tensors):
-        # All tensors are arguments: JAX cannot recompute a function that closes over one.
-        given = dict(zip(extras, tensors, strict=True))
-        keep = given.get("keep")
-        scores = einsum(query, key, "b h t i d, b h t j d -> b h t i j")
-        scores = ops.cast(scores, score_dtype)
-        for name in ("bias", "table"):  # in one order, or the last bits would vary
-            if name in given:
-                scores = scores + ops.cast(given[name], score_dtype)
-        weights = softmax(scores)
-        lse = None
-        if return_lse:  # the largest weight is exp(largest score - lse)
-            lse = ops.max(scores, axis=-1) - ops.log(ops.max(weights, axis=-1))
-        weights = ops.cast(weights, dtype)
-        out = einsum(drop(weights, keep), value, "b h t i j, b h t j e -> b h t i e")
-
-        def grad(*inputs, upstream=None):
-            # TensorFlow and JAX pass the gradient alone, PyTorch the inputs and `upstream`.
-            d_out, d_lse = _unpack(inputs[0] if upstream is None else upstream, return_lse)
-            d_out = ops.cast(d_out, dtype)
-            d_value = einsum(drop(weights, keep), d_out, "b h t i j, b h t i e -> b h t j e")
-            d_weights = einsum(d_out, value, "b h t i e, b h t j e -> b h t i j")
-            d_weights = drop(d_weights, keep)
-            # delta = sum(p * dp), which is the product of out and its gradient
-            delta = ops.sum(ops.cast(out * d_out, score_dtype), axis=-1)
-            if d_lse is not None:
-                delta = delta - d_lse
-            d_scores = weights * (d_weights - ops.cast(delta[..., None], dtype))
-            d_query = einsum(d_scores, key, "b h t i j, b h t j d -> b h t i d")
-            d_key = einsum(d_scores, query, "b h t i j, b h t i d -> b h t j d")
-            d_extras = [
-                _sum_to(d_scores, x) if name == "bias" else None for name, x in given.items()
-            ]
-            return d_query, d_key, d_value, *d_extras
-
-        return _pack(out, lse), grad
-
-    out, lse = _unpack(core(query, key, value, *extras.values()), return_lse)
-    out = ops.cast(out, dtype)
-    if mask is not None:
-        any_key = ops.broadcast_to(ops.any(mask, axis=-1), ops.shape(out)[:-1])
-        out = zero_masked(out, any_key)
-    return out, lse
+    scores = einsum(query, key, "b h t i d, b h t j d -> b h t i j")
+    scores = ops.cast(scores, wide(query.dtype))
+    for table in tables:
+        scores = scores + table
+    return scores, softmax(scores)
 
 
-def _pack(out, lse):
-    """One tensor for both: a custom gradient has one output on every backend."""
-    if lse is None:
-        return out
-    return ops.concatenate([ops.cast(out, lse.dtype), lse[..., None]], axis=-1)
+def log_sum_exp(scores, weights):
+    """`(b, h, t, i)`: the largest weight is `exp(largest score - lse)`."""
+    return ops.max(scores, axis=-1) - ops.log(ops.max(weights, axis=-1))
 
 
-def _unpack(packed, has_lse):
-    if not has_lse:
-        return packed, None
-    out, lse = ops.split(packed, [packed.shape[-1] - 1], axis=-1)
-    return out, rearrange(lse, "... 1 -> ...")
+def average(weights, value):
+    """`(b, h, t, i, e)`: the values `(b, h, t, j, e)` under weights of their dtype."""
+    return einsum(weights, value, "b h t i j, b h t j e -> b h t i e")
 
 
-def _sum_to(x, like):
-    """Sum `x` over the axes along which `like` was broadcast."""
-    axes = tuple(axis for axis in range(len(x.shape)) if like.shape[axis] == 1)
-    return ops.cast(ops.sum(x, axis=axes, keepdims=True) if axes else x, like.dtype)
+def gradients(query, key, value, weights, kept, d_out, delta):
+    """The backward pass of a tile: `ds = p * (dp - delta)`.
+
+    Args:
+        query, key, value: as in the forward pass.
+        weights: `(b, h, t, i, j)`, of their dtype.
+        kept: a function from weights to those that dropout keeps, scaled up.
+        d_out: `(b, h, t, i, e)`, the gradient of the output.
+        delta: `(b, h, t, i, 1)`: `sum(out * d_out)`, less the gradient of the
+            log-sum-exp. The sum is that of `p * dp` over the keys.
+
+    Returns:
+        `(d_query, d_key, d_value, d_scores)`.
+    """
+    d_value = einsum(kept(weights), d_out, "b h t i j, b h t i e -> b h t j e")
+    d_weights = kept(einsum(d_out, value, "b h t i e, b h t j e -> b h t i j"))
+    d_scores = weights * (d_weights - ops.cast(delta, weights.dtype))
+    d_query = einsum(d_scores, key, "b h t i j, b h t j d -> b h t i d")
+    d_key = einsum(d_scores, query, "b h t i j, b h t i d -> b h t j d")
+    return d_query, d_key, d_value, d_scores
 
 
 def merge_attention(parts):

@@ -1,13 +1,15 @@
 """Sparse attention as a function: plan, split, attend, join, merge."""
 
+import functools
 import itertools
+import operator
 
 import keras
 import numpy as np
 from einops import einsum, rearrange
 from keras import ops
 
-from sparse_attn.attend import attend, merge, public_lse
+from sparse_attn.attend import merge, public_lse
 from sparse_attn.checks import (
     check_bool,
     check_int,
@@ -25,9 +27,12 @@ from sparse_attn.masking import (
     zero_masked,
 )
 from sparse_attn.patterns import Band, check_pattern
-from sparse_attn.plan import Part, layout, plan, plan_at
+from sparse_attn.plan import Part, has_surplus, is_stationary, layout, plan, plan_at
+from sparse_attn.stream import MAX_SCORE_BYTES, Schedule, attend_tiles, schedule, score_bytes
+from sparse_attn.tracing import unconverted
 
 
+@unconverted
 def sparse_attention(
     query,
     key,
@@ -43,6 +48,7 @@ def sparse_attention(
     dropout=0.0,
     seed=None,
     return_lse=False,
+    max_score_bytes=MAX_SCORE_BYTES,
 ):
     """Scaled dot-product attention over the pairs that a pattern allows.
 
@@ -74,6 +80,12 @@ def sparse_attention(
         dropout: the share of weights to drop, in [0, 1).
         seed: an int or a `keras.random.SeedGenerator`, for dropout.
         return_lse: whether to return the log-sum-exp as well.
+        max_score_bytes: an int, 2**30 by default. Where the scores of all tiles
+            take no more than this, the softmax weights are kept for the backward
+            pass. Otherwise tiles are worked off a few at a time, and in the
+            backward pass once more, for about 1.3 times the time. An unknown
+            batch counts as 8. Weights are always kept where a length is
+            unknown, and with a `bias`.
 
     Returns:
         `out`, of shape `(b, n, h, e)` and the dtype of `query`; a query with
@@ -100,6 +112,7 @@ def sparse_attention(
     query_mask, key_mask, attention_mask, bias = masks
     check_bool("return_lse", return_lse)
     dropout = check_rate("dropout", dropout)
+    max_score_bytes = check_int("max_score_bytes", max_score_bytes, minimum=0)
     if not (seed is None or isinstance(seed, keras.random.SeedGenerator)):
         seed = check_int("seed", seed)
     # Padding may hold anything: 0 * NaN would reach valid outputs and gradients.
@@ -109,28 +122,34 @@ def sparse_attention(
 
     check_pattern("pattern", pattern)
     known = [size if isinstance(size, int) else None for size in (n, m)]
-    if 0 in known:  # nothing asks, or nothing answers
-        parts, q_pos = (), ops.arange(n, dtype="int32")
-    elif query_positions is None:
-        parts, q_pos = plan(pattern, *known).parts, ops.arange(n, dtype="int32")
-    else:
+    q_pos = None
+    if query_positions is not None:
         q_pos = _check_positions(query_positions, known[0], n)
+    if 0 in known:  # nothing asks, or nothing answers
+        parts = ()
+    elif q_pos is None:
+        parts = plan(pattern, *known).parts
+    else:
         parts = plan_at(pattern, q_pos, n, m, query.shape[-1]).parts
 
-    # No two tiles may drop alike: a number is counted on, a generator draws anew.
-    seeds = itertools.count(seed) if isinstance(seed, int) else itertools.repeat(seed)
-
     need_lse = return_lse or len(parts) > 1
+    schedules = _schedules(parts, query, n, m, bias is not None, max_score_bytes)
+    seeds = _seeds(schedules, query, seed) if dropout else [None] * len(parts)
     found = []
-    for part in parts:
-        tiles = _Tiles(part, q_pos, m, key_mask, attention_mask, bias)
-        found.append(tiles.attend(query, key, value, n, dropout, seeds, need_lse))
+    for part, schedule_, seed_ in zip(parts, schedules, seeds, strict=True):
+        tiles = _Tiles(part, schedule_.layout, n, m, q_pos, key_mask, attention_mask, bias)
+        options = {"dropout": dropout, "seeds": seed_, "return_lse": need_lse}
+        out, lse = attend_tiles(schedule_, query, key, value, tiles.masks, tiles.bias, **options)
+        if not (need_lse or tiles.answer_all):
+            out = ops.where(tiles.any_key(), out, ops.zeros((), out.dtype))
+        found.append((out, None if lse is None else rearrange(lse, "b n h 1 -> b n h")))
     if not found:  # the pattern allows nothing at these lengths
         shape = ops.shape(query)[:3]
         out = ops.zeros((*shape, value.shape[-1]), query.dtype)
         found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
     out, lse = merge(found)
-
+    if lse is not None:
+        out = zero_masked(out, lse > MASKED)
     out = zero_masked(out, query_mask)
     if not return_lse:
         return out
@@ -139,27 +158,53 @@ def sparse_attention(
     return out, public_lse(lse)
 
 
-class _Tiles:
-    """The tiles of one part: where they lie, and what is masked in them."""
+def _schedules(parts, query, n, m, has_bias, max_score_bytes):
+    """How each part is worked off: in small pieces, and streamed if all are too much to keep."""
+    batch, _, heads, _ = query.shape
+    if not (isinstance(n, int) and isinstance(m, int)):  # their size is not known yet
+        return [Schedule(part.layout.at(n, m), heads) for part in parts]
+    if has_bias:  # its tiles are laid out anyway
+        return [Schedule(part.layout, heads) for part in parts]
+    pairs = sum(part.scored_pairs for part in parts)
+    streamed = score_bytes(pairs, batch, heads, query.dtype) > max_score_bytes
+    return [schedule(part.layout, batch, heads, query.dtype, streamed) for part in parts]
 
-    def __init__(self, part, q_pos, m, key_mask=None, attention_mask=None, bias=None):
-        n = ops.shape(q_pos)[0]
-        self.layout = layout = part.layout.at(n, m)
-        k_pos = ops.arange(m, dtype="int32")
-        # Positions go through the same cut as the vectors they belong to.
-        self.q_pos = [
-            rearrange(x, "1 1 t i 1 -> t i 1") for x in layout.split_queries(_as_rows(q_pos))
-        ]
-        self.k_pos = [
-            rearrange(x, "1 1 t j 1 -> t 1 j") for x in layout.split_keys(_as_rows(k_pos), n)
-        ]
-        positions = zip(self.q_pos, self.k_pos, strict=True)
-        self.masks = [self._pattern_mask(part.pattern, *pos) for pos in positions]
-        if key_mask is not None or part.layout.pads_keys:
-            valid = _as_rows(k_pos) >= 0 if key_mask is None else key_mask[:, :, None, None]
+
+def _seeds(schedules, query, seed):
+    """For each part, a seed for each piece: no two pieces drop alike."""
+    batch, _, heads, _ = ops.shape(query)
+    counts = [schedule.num_pieces(batch, heads) for schedule in schedules]
+    seeds = keras.random.randint((sum(counts), 2), 0, 2**31 - 1, dtype="int32", seed=seed)
+    starts = itertools.accumulate(counts, initial=0)
+    return [
+        ops.slice(seeds, (start, 0), (count, 2))
+        for start, count in zip(starts, counts, strict=False)
+    ]
+
+
+class _Tiles:
+    """What is masked in the tiles of a part, and what is added to their scores.
+
+    Attributes:
+        masks: for each run of the layout, a list of bool tiles that broadcast
+            to `(b, h, t, i, j)`: a pair is allowed if all of them say so.
+        bias: for each run, float tiles; empty if there is no bias.
+    """
+
+    def __init__(
+        self, part, layout, n, m, q_pos=None, key_mask=None, attention_mask=None, bias=None
+    ):
+        self.part, self.layout = part, layout
+        self.n, self.m, self.shifted = n, m, q_pos is not None
+        self.q_pos = q_pos if self.shifted else ops.arange(n, dtype="int32")
+        self.k_pos = ops.arange(m, dtype="int32")
+        self.is_restricted = not all(x is None for x in (key_mask, attention_mask, bias))
+        self.masks = self._pattern_masks()
+        if key_mask is not None or layout.pads_keys:
+            valid = _as_rows(self.k_pos) >= 0 if key_mask is None else key_mask[:, :, None, None]
             valid = layout.split_keys(valid, n)
             self._restrict([rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in valid])
-        self.bias = [None] * len(self.masks)
+        self.bias = []
         if attention_mask is not None:
             self._restrict(self._at_pairs(attention_mask))
         if bias is not None:
@@ -167,47 +212,61 @@ class _Tiles:
             self._restrict([x > MASKED for x in tiles])
             self.bias = [ops.maximum(x, LOWEST) for x in tiles]
 
-    @staticmethod
-    def _pattern_mask(pattern, q_pos, k_pos):
-        return None if pattern == Band() else _evaluate(pattern, q_pos, k_pos)[None, None]
+    def _pattern_masks(self):
+        pattern, runs = self.part.pattern, self.layout.runs()
+        if pattern == Band():
+            return [[] for _ in runs]
+        surplus = [True] * len(runs) if self.shifted else has_surplus(self.part, self.layout)
+        if not any(surplus):
+            return [[] for _ in runs]
+        positions = None
+        if is_stationary(pattern):  # one tile speaks for all
+            positions = self.layout.sample(self.q_pos, self.k_pos)
+        if positions is None:
+            positions = self._positions()
+        return [
+            [_evaluate(pattern, *pair)[None, None]] if needed else []
+            for needed, pair in zip(surplus, positions, strict=True)
+        ]
+
+    def _positions(self):
+        """`(t, i, 1)` and `(t, 1, j)`: positions are cut as the vectors they belong to are."""
+        queries = self.layout.split_queries(_as_rows(self.q_pos))
+        keys = self.layout.split_keys(_as_rows(self.k_pos), self.n)
+        return [
+            (rearrange(q, "1 1 t i 1 -> t i 1"), rearrange(k, "1 1 t j 1 -> t 1 j"))
+            for q, k in zip(queries, keys, strict=True)
+        ]
 
     def _restrict(self, masks):
-        self.masks = [
-            mask if known is None else known & mask
-            for known, mask in zip(self.masks, masks, strict=True)
-        ]
+        self.masks = [[*terms, mask] for terms, mask in zip(self.masks, masks, strict=True)]
 
     def _at_pairs(self, x):
         """A table `(b|1, h|1, n, m)` at each tile's pairs of positions."""
         rows = self.layout.split_queries(rearrange(x, "b h n m -> b n h m"))
         return [
             ops.take_along_axis(tile, k_pos[None, None], axis=-1)
-            for tile, k_pos in zip(rows, self.k_pos, strict=True)
+            for tile, (_, k_pos) in zip(rows, self._positions(), strict=True)
         ]
 
-    def attend(self, query, key, value, n, dropout, seeds, return_lse):
-        """`(out, lse)` of shapes `(b, n, h, e)` and `(b, n, h)`."""
-        outs, lses = [], []
-        for q, k, v, mask, bias in zip(
-            self.layout.split_queries(query),
-            self.layout.split_keys(key, n),
-            self.layout.split_keys(value, n),
-            self.masks,
-            self.bias,
-            strict=True,
+    @property
+    def answer_all(self):
+        """Whether every query certainly has a key: its own."""
+        known = isinstance(self.n, int) and isinstance(self.m, int)
+        if self.is_restricted or self.shifted or not known or self.n > self.m:
+            return False
+        return is_stationary(self.part.pattern) and bool(self.part.pattern(0, 0))
+
+    def any_key(self):
+        """`(b|1, n, h|1, 1)`: whether a query has a key."""
+        tiles = []
+        for like, terms in zip(
+            self.layout.split_queries(_as_rows(self.q_pos)), self.masks, strict=True
         ):
-            keep = None
-            if dropout:
-                shape = (*ops.shape(q)[:4], ops.shape(k)[3])
-                keep = keras.random.uniform(shape, dtype="float32", seed=next(seeds)) >= dropout
-            out, lse = attend(q, k, v, mask, bias, keep=keep, rate=dropout, return_lse=return_lse)
-            outs.append(out)
-            lses.append(lse)
-        out = self.layout.join(outs, n)
-        if not return_lse:
-            return out, None
-        lse = self.layout.join([lse[..., None] for lse in lses], n)
-        return out, rearrange(lse, "b n h 1 -> b n h")
+            _, _, t, i, _ = ops.shape(like)
+            mask = functools.reduce(operator.and_, terms, ops.ones((1, 1, t, i, 1), "bool"))
+            tiles.append(ops.any(mask, axis=-1, keepdims=True))
+        return self.layout.join(tiles, self.n)
 
 
 def _as_rows(positions):
@@ -224,6 +283,7 @@ def _evaluate(pattern, q_pos, k_pos):
     return check_tensor(f"{pattern!r}(q_pos, k_pos)", answer, "bool", shape)
 
 
+@unconverted
 def attention_weights(
     query,
     key,
@@ -244,11 +304,19 @@ def attention_weights(
     check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
     query = query * _scale(query, scale)
-    part = Part(Band(), pattern, layout(Band()))  # one tile, of all pairs
-    tiles = _Tiles(part, ops.arange(n, dtype="int32"), m, key_mask, attention_mask)
-    (q,), (k,) = tiles.layout.split_queries(query), tiles.layout.split_keys(key, n)
+    dense = layout(Band())  # one tile, of all pairs
+    tiles = _Tiles(
+        Part(Band(), pattern, dense),
+        dense,
+        n,
+        m,
+        key_mask=key_mask,
+        attention_mask=attention_mask,
+    )
+    (q,), (k,) = dense.split_queries(query), dense.split_keys(key, n)
     scores = einsum(q, k, "b h t i d, b h t j d -> b h t i j")
-    weights = rearrange(masked_softmax(scores, *tiles.masks), "b h 1 i j -> b i h j")
+    mask = functools.reduce(operator.and_, tiles.masks[0]) if tiles.masks[0] else None
+    weights = rearrange(masked_softmax(scores, mask), "b h 1 i j -> b i h j")
     return rearrange(zero_masked(weights, query_mask), "b i h j -> b h i j")
 
 

@@ -8,12 +8,20 @@ nothing is worked out twice.
 
 Every layout has
 
-- `split_queries(x)` and `split_keys(x)`: `(b, n, h, d)` to a list of tiles
+- `split_queries(x)` and `split_keys(x, n)`: `(b, n, h, d)` to a list of tiles
   `(b, h, t, i, d)` and `(b, h, t, j, d)`; rows that padding adds are zero;
 - `join(tiles, n)`: the inverse of `split_queries`, `n` rows of it;
+- `sum_keys(tiles, n, m)`: the adjoint of `split_keys`, `m` rows of it: what
+  several tiles say of a key is added up;
 - `pads_keys`: whether a tile may hold keys that are only padding;
 - `scored_pairs`: how many pairs of positions its tiles hold;
-- `at(n, m)`: the layout once the lengths are there, as tensors perhaps.
+- `distances`: for each run, the least and the greatest `k - q` in its tiles;
+- `sample(q_pos, k_pos)`: for each run the positions `(1, i, 1)` and `(1, 1, j)`
+  of one tile without padding, whose distances are those of every tile; `None`
+  if its tiles differ;
+- `at(n, m)`: the layout once the lengths are there, as tensors perhaps;
+- `cut(pairs)`: the same layout in runs whose chunks hold about that many pairs;
+- `runs()`: the runs, one for each tensor in the list of tiles.
 
 Lengths may be unknown (`None`): then all sizes follow from the tensors.
 """
@@ -26,6 +34,7 @@ import numpy as np
 from einops import rearrange
 from keras import ops
 
+MAX_STEPS = 64  # about as many, at most, make up the stairs of a pattern
 NOMINAL_LENGTH = 2**20  # where lengths are unknown, layouts are compared at this one
 
 
@@ -69,6 +78,45 @@ def _blocks(length, size):
 
 
 @dataclass(frozen=True)
+class Run:
+    """Chunks of one shape: each is a stretch of queries and the stretch of keys that they meet.
+
+    Chunk `c` holds `queries` rows from `q_start + c * queries` on, and `keys`
+    rows from `k_start + c * queries` on; rows beyond the ends are zero.
+
+    Args:
+        layout: how one chunk is cut into tiles.
+        queries, keys: rows of a chunk, or `None` for all there are.
+        q_start, k_start: rows where the first chunk begins.
+        count: the number of chunks.
+    """
+
+    layout: object
+    queries: int | None = None
+    keys: int | None = None
+    q_start: int = 0
+    k_start: int = 0
+    count: int = 1
+
+    @property
+    def scored_pairs(self):
+        """Pairs of positions in the tiles of a chunk."""
+        return self.layout.scored_pairs
+
+    def sum_keys(self, chunks, m):
+        """Add up what the chunks say of each key: `(b, c, j, h, d)` to `(b, m, h, d)`."""
+        heads = chunks.shape[3]
+        if self.keys is None:
+            return rearrange(chunks, "b 1 m h d -> b m h d")
+        if self.count == 1:
+            return crop(rearrange(chunks, "b 1 j h d -> b j h d"), -self.k_start, m)
+        outer = Halo(1, self.queries, self.k_start, self.k_start + self.keys)
+        chunks = rearrange(chunks, "b c j h d -> b 1 c j (h d)")
+        x = outer.sum_keys([chunks], self.count * self.queries, m)
+        return rearrange(x, "b m 1 (h d) -> b m h d", h=heads)
+
+
+@dataclass(frozen=True)
 class Halo:
     """Equal tiles: block `t` of queries meets keys at a fixed offset from it.
 
@@ -84,6 +132,8 @@ class Halo:
         n: number of queries, or `None` while it is unknown.
         shifts: the blocks that hold a tile's keys, as the least and the
             greatest distance from its own; they follow from the rest.
+        origin: offset of the first row of keys from the first query.
+        chunk: tiles of each residue in a chunk, or `None` for all of them.
     """
 
     rate: int
@@ -92,6 +142,8 @@ class Halo:
     last: int
     n: int | None = None
     shifts: tuple[int, int] | None = None
+    origin: int = 0
+    chunk: int | None = None
 
     def __post_init__(self):
         if self.shifts is None:
@@ -110,6 +162,21 @@ class Halo:
         first, last = -_least(-self.first, rows), width + _least(ahead, rows)
         return replace(self, rate=rate, width=width, first=first, last=last)
 
+    def cut(self, pairs):
+        blocks = self._num_blocks(self.n)
+        chunk = max(1, pairs // (self.rate * self.width * (self.last - self.first)))
+        # Even chunks: the last is not half empty.
+        chunk = _blocks(blocks, _blocks(blocks, chunk))
+        return replace(self, chunk=chunk) if chunk < blocks else self
+
+    def runs(self):
+        if self.chunk is None:
+            return (Run(self),)
+        inner = replace(self, n=self.chunk * self._step, origin=self.first, chunk=None)
+        keys = ((self.chunk - 1) * self.width + self.last - self.first) * self.rate
+        count = self._num_blocks(self.n) // self.chunk
+        return (Run(inner, inner.n, keys, 0, self.first * self.rate, count),)
+
     @property
     def pads_keys(self):
         return True
@@ -119,30 +186,72 @@ class Halo:
         blocks = self._num_blocks(self.n or NOMINAL_LENGTH)
         return self.rate * blocks * self.width * (self.last - self.first)
 
+    @property
+    def distances(self):
+        return ((self.rate * (self.first - self.width + 1), self.rate * (self.last - 1)),)
+
+    @property
+    def _step(self):
+        return self.width * self.rate
+
     def _num_blocks(self, queries):
-        return _blocks(queries, self.rate * self.width)
+        blocks = _blocks(queries, self._step)
+        return blocks if self.chunk is None else _blocks(blocks, self.chunk) * self.chunk
+
+    def _pieces(self):
+        """The blocks that hold a tile's keys: their shifts, and which rows of them: start, size."""
+        low, high = self.shifts
+        for shift in range(low, high + 1):
+            start = _least(_most(self.first - shift * self.width, 0), self.width)
+            stop = _least(self.last - shift * self.width, self.width)
+            yield shift, start, _most(stop - start, 0)
+
+    def sample(self, q_pos, k_pos):
+        low, high = self.shifts
+        tile = max(-low, 0)  # with all its keys inside of this many blocks:
+        rows = _as_rows(ops.arange((tile + max(high, 0) + 1) * self._step, dtype="int32"))
+        whole = replace(self, origin=0, chunk=None)
+        queries = whole.split_queries(rows)[0]
+        keys = whole.split_keys(rows, ops.shape(rows)[1])[0]
+        return [_pair(queries[0, 0, tile], keys[0, 0, tile])]
 
     def split_queries(self, x):
         blocks = self._num_blocks(ops.shape(x)[1])
-        x = crop(x, 0, blocks * self.width * self.rate)
+        x = crop(x, 0, blocks * self._step)
         return [rearrange(x, "b (t i r) h d -> b h (r t) i d", i=self.width, r=self.rate)]
 
     def split_keys(self, x, n):
         blocks = self._num_blocks(n)
         low, high = self.shifts
-        step = self.width * self.rate
-        x = crop(x, low * step, (blocks + high - low) * step)
+        x = crop(x, low * self._step - self._skipped, (blocks + high - low) * self._step)
         heads = x.shape[2]
         x = rearrange(x, "b (u w r) h d -> (b h r) u w d", w=self.width, r=self.rate)
         rows, _, _, dim = ops.shape(x)
-        pieces = []
-        for shift in range(low, high + 1):
-            start = _least(_most(self.first - shift * self.width, 0), self.width)
-            stop = _least(self.last - shift * self.width, self.width)
-            size = _most(stop - start, 0)
-            pieces.append(ops.slice(x, (0, shift - low, start, 0), (rows, blocks, size, dim)))
+        pieces = [
+            ops.slice(x, (0, shift - low, start, 0), (rows, blocks, size, dim))
+            for shift, start, size in self._pieces()
+        ]
         x = pieces[0] if len(pieces) == 1 else ops.concatenate(pieces, axis=2)
         return [rearrange(x, "(b h r) t j d -> b h (r t) j d", h=heads, r=self.rate)]
+
+    def sum_keys(self, tiles, n, m):
+        low, high = self.shifts
+        heads = tiles[0].shape[1]
+        x = rearrange(tiles[0], "b h (r t) j d -> (b h r) t j d", r=self.rate)
+        rows, blocks, _, dim = ops.shape(x)
+        total, offset = None, 0
+        for shift, start, size in self._pieces():
+            piece = ops.slice(x, (0, 0, offset, 0), (rows, blocks, size, dim))
+            around = (shift - low, high - shift), (start, self.width - start - size)
+            piece = ops.pad(piece, ((0, 0), *around, (0, 0)))
+            total = piece if total is None else total + piece
+            offset += size
+        x = rearrange(total, "(b h r) u w d -> b (u w r) h d", h=heads, r=self.rate)
+        return crop(x, self._skipped - low * self._step, m)
+
+    @property
+    def _skipped(self):
+        return self.origin * self.rate
 
     def join(self, tiles, n):
         x = rearrange(tiles[0], "b h (r t) i d -> b (t i r) h d", r=self.rate)
@@ -172,22 +281,55 @@ class Stairs:
 
     def at(self, n, m):
         """The layout for lengths of which one is a tensor: no more residues than they have rows."""
-        if self.n is not None and self.m is not None:
+        if self.rate == 1 or not (self.n is None or self.m is None):
             return self
         return replace(self, rate=_least(self.rate, _most(n, m)))
 
+    def cut(self, pairs):
+        pairs = max(pairs, self.scored_pairs // MAX_STEPS)
+        steps = []
+        for q0, q1, k0, k1 in self._closed_steps():
+            count = _blocks(self.rate * (q1 - q0) * (k1 - k0), pairs)
+            edges = np.linspace(q0, q1, min(count, q1 - q0) + 1).astype(int).tolist()
+            steps += [(start, stop, k0, k1) for start, stop in itertools.pairwise(edges)]
+        return replace(self, steps=tuple(steps))
+
+    def runs(self):
+        if len(self.steps) == 1:
+            return (Run(self),)
+        runs = []
+        for q0, q1, k0, k1 in self._closed_steps():
+            inner = Stairs(self.rate, ((0, q1 - q0, 0, k1 - k0),))
+            queries, keys = (q1 - q0) * self.rate, (k1 - k0) * self.rate
+            runs.append(Run(inner, queries, keys, q0 * self.rate, k0 * self.rate))
+        return tuple(runs)
+
     @property
     def pads_keys(self):
-        return self.rate > 1 and (self.m is None or self.m % self.rate > 0)
+        if not isinstance(self.rate, int) or self.m is None:
+            return not isinstance(self.rate, int) or self.rate > 1
+        return self.m % self.rate > 0
 
     @property
     def scored_pairs(self):
+        return self.rate * sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in self._closed_steps())
+
+    @property
+    def distances(self):
+        return tuple(
+            (self.rate * (k0 - q1 + 1), self.rate * (k1 - 1 - q0))
+            for q0, q1, k0, k1 in self._closed_steps()
+        )
+
+    def _closed_steps(self):
         queries = _blocks(self.n or NOMINAL_LENGTH, self.rate)
         keys = _blocks(self.m or NOMINAL_LENGTH, self.rate)
-        return self.rate * sum(
-            ((queries if q1 is None else q1) - q0) * ((keys if k1 is None else k1) - k0)
-            for q0, q1, k0, k1 in self.steps
-        )
+        for q0, q1, k0, k1 in self.steps:
+            yield q0, queries if q1 is None else q1, k0, keys if k1 is None else k1
+
+    def sample(self, q_pos, k_pos):
+        queries, keys = self.split_queries(_as_rows(q_pos)), self.split_keys(_as_rows(k_pos), None)
+        return [_pair(q[0, 0, 0], k[0, 0, 0]) for q, k in zip(queries, keys, strict=True)]
 
     def split_queries(self, x):
         return self._split(x, [(q0, q1) for q0, q1, _, _ in self.steps])
@@ -203,6 +345,10 @@ class Stairs:
         ends = [rows if end is None else _least(end, rows) for _, end in ranges]
         tiles = [crop(x, start, end - start) for (start, _), end in zip(ranges, ends, strict=True)]
         return [rearrange(x, "(b h r) i d -> b h r i d", h=heads, r=self.rate) for x in tiles]
+
+    def sum_keys(self, tiles, n, m):
+        rows = [rearrange(x, "b h r j d -> b (j r) h d") for x in tiles]
+        return sum_rows(rows, [k0 * self.rate for _, _, k0, _ in self.steps], m)
 
     def join(self, tiles, n):
         x = tiles[0] if len(tiles) == 1 else ops.concatenate(tiles, axis=3)
@@ -223,6 +369,19 @@ class Rows:
     def at(self, n, m):
         return self
 
+    def cut(self, pairs):
+        return self
+
+    def sample(self, q_pos, k_pos):
+        return None
+
+    def runs(self):
+        return (Run(self),)
+
+    @property
+    def scored_pairs(self):
+        return math.prod(self.index.shape)
+
     @property
     def pads_keys(self):
         return True
@@ -231,14 +390,68 @@ class Rows:
         return [rearrange(x, "b n h d -> b h n 1 d")]
 
     def split_keys(self, x, n):
-        m = ops.shape(x)[1]
-        inside = (self.index >= 0) & (self.index < m)
-        x = ops.take(x, ops.where(inside, self.index, 0), axis=1)
+        index, inside = self._inside(ops.shape(x)[1])
+        x = ops.take(x, index, axis=1)
         x = ops.where(inside[None, :, :, None, None], x, ops.zeros((), x.dtype))
         return [rearrange(x, "b n j h d -> b h n j d")]
 
+    def sum_keys(self, tiles, n, m):
+        index, inside = self._inside(m)
+        batch, heads, _, _, dim = ops.shape(tiles[0])
+        x = rearrange(tiles[0], "b h n j d -> (n j) (b h d)")
+        inside, index = (rearrange(y, "n j -> (n j)") for y in (inside, index))
+        x = ops.where(inside[:, None], x, ops.zeros((), x.dtype))
+        x = ops.segment_sum(x, index, num_segments=m)
+        return ops.transpose(ops.reshape(x, (m, batch, heads, dim)), (1, 0, 2, 3))
+
+    def _inside(self, m):
+        inside = (self.index >= 0) & (self.index < m)
+        return ops.where(inside, self.index, 0), inside
+
     def join(self, tiles, n):
         return rearrange(tiles[0], "b h n 1 d -> b n h d")
+
+
+def _as_rows(positions):
+    return rearrange(positions, "n -> 1 n 1 1")
+
+
+def _pair(queries, keys):
+    """Positions `(i, 1)` and `(j, 1)` as a pair of shapes `(1, i, 1)` and `(1, 1, j)`."""
+    return rearrange(queries, "i 1 -> 1 i 1"), rearrange(keys, "j 1 -> 1 1 j")
+
+
+def sum_rows(pieces, starts, length):
+    """Add up pieces that lie at different rows of axis 1, in one pass over them.
+
+    Args:
+        pieces: a list of tensors `(b, rows, h, d)`.
+        starts: the row where each begins, an int that may be negative.
+        length: rows of the sum; what lies beyond `[0, length)` is left out.
+
+    Returns:
+        A tensor `(b, length, h, d)`.
+    """
+    if len(pieces) == 1:
+        return crop(pieces[0], -starts[0], length)
+    ranges = [(start, start + x.shape[1]) for start, x in zip(starts, pieces, strict=True)]
+    edges = {0, length, *(edge for pair in ranges for edge in pair)}
+    edges = sorted(edge for edge in edges if 0 <= edge <= length)
+    segments = {pair: [] for pair in itertools.pairwise(edges)}
+    for x, (start, stop) in zip(pieces, ranges, strict=True):
+        inner = [edge for edge in edges if start <= edge <= stop]
+        cuts = [edge - start for edge in (start, *inner, stop)]
+        parts = ops.split(x, cuts[1:-1], axis=1)[1:-1] if len(inner) > 1 else []
+        for pair, part in zip(itertools.pairwise(inner), parts, strict=True):
+            segments[pair].append(part)
+    batch, _, heads, dim = ops.shape(pieces[0])
+    sums = [
+        sum(parts[1:], parts[0])
+        if parts
+        else ops.zeros((batch, stop - start, heads, dim), pieces[0].dtype)
+        for (start, stop), parts in segments.items()
+    ]
+    return ops.concatenate(sums, axis=1) if len(sums) > 1 else sums[0]
 
 
 def band_layout(left, right, rate, n=None, m=None):
@@ -281,12 +494,12 @@ def _halo(left, right, rate, n):
 
 
 def _stairs(left, right, rate, n, m):
-    """Up to 16 groups of queries, so that half of a triangle is scored and not all of a square."""
+    """Up to 8 groups of queries, so that of a triangle little more than its half is scored."""
     if n is None or m is None:
         return Stairs(rate, ((0, None, 0, None),), n, m)
     queries, keys = _blocks(n, rate), _blocks(m, rate)
     bounded = left is not None or right is not None
-    groups = min(16, max(1, queries // 64)) if bounded else 1
+    groups = min(8, max(1, queries // 64)) if bounded else 1
     edges = np.linspace(0, queries, groups + 1).astype(int).tolist()
     steps = []
     for q0, q1 in itertools.pairwise(edges):

@@ -17,7 +17,7 @@ becomes fast when its bound is registered:
 import functools
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sparse_attn.checks import check_int
 from sparse_attn.layouts import (
@@ -186,27 +186,66 @@ def plan_at(pattern, q_pos, n, m, dim):
     for part in _plan(pattern, None, None):
         parts.append(Part(part.bound, part.pattern, _layout_at(part.bound, q_pos, n, m)))
     known = isinstance(n, int) and isinstance(m, int)
-    moved = [_moved(part.layout, n, m, dim) for part in parts] if known else []
-    if known and sum(moved) >= n * m + m * dim:
-        parts = [Part(Band(), pattern, layout(Band()))]
+    dense = _dense_at(n, m)
+    if known and sum(_moved(part.layout, m, dim) for part in parts) >= _moved(dense, m, dim):
+        parts = [Part(Band(), pattern, dense)]
     return Plan(tuple(parts), n if known else None, m if known else None)
 
 
 def _layout_at(bound, q_pos, n, m):
     if isinstance(bound, Prefix):  # the same keys for all
-        return layout(bound, None, m if isinstance(m, int) else None)
+        return _dense_at(n, m, bound)
     if isinstance(bound, Blocks):
         index = block_rows(bound.size, q_pos)
     else:
         index = band_rows(bound.left, bound.right, bound.rate, q_pos, m)
-    return layout(Band()) if index is None else Rows(index)
+    return _dense_at(n, m) if index is None else Rows(index)
 
 
-def _moved(layout, n, m, dim):
+def _dense_at(n, m, keys=Band()):  # noqa: B008 - a pattern never changes
+    """The same keys for every query."""
+    return layout(keys, *(size if isinstance(size, int) else None for size in (n, m)))
+
+
+def _moved(layout, m, dim):
     """Numbers that a layout makes for a head: copies of keys, and scores."""
     if isinstance(layout, Rows):
-        return n * layout.index.shape[1] * (dim + 1)
-    return replace(layout, n=n, m=m).scored_pairs + m * dim
+        return layout.scored_pairs * (dim + 1)
+    return layout.scored_pairs + m * dim
+
+
+def has_surplus(part, layout):
+    """For each run of a part's layout, whether its tiles may hold pairs that are not the part's.
+
+    Args:
+        part: a `Part`.
+        layout: its layout, perhaps cut into runs.
+
+    Returns:
+        A list of bools. What only padding brings is not looked at.
+    """
+    runs, pattern = layout.runs(), part.pattern
+    if pattern != part.bound and not isinstance(pattern, Band):
+        return [True] * len(runs)
+    if not isinstance(pattern, Band):  # blocks and columns are laid out as they are
+        return [False] * len(runs)
+    if not all(isinstance(x, int) for x in (layout.rate, *itertools.chain(*layout.distances))):
+        return [True] * len(runs)
+    return [
+        layout.rate % pattern.rate > 0
+        or (pattern.left is not None and low < -pattern.left)
+        or (pattern.right is not None and high > pattern.right)
+        for low, high in layout.distances
+    ]
+
+
+def is_stationary(pattern):
+    """Whether a pattern certainly depends on the distance `k - q` alone."""
+    pattern = _registered(rewrite, pattern)
+    kind = type(pattern)
+    if kind in (And, Or):
+        return is_stationary(pattern.first) and is_stationary(pattern.second)
+    return is_stationary(pattern.pattern) if kind is Not else kind is Band
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ from sparse_attn.layouts import (
     block_layout,
     column_layout,
     crop,
+    sum_rows,
 )
 from tests.cases import LENGTHS
 from tests.compare import to_numpy
@@ -84,6 +85,31 @@ def test_rows_gathers_by_index_and_pads_with_zeros():
     x = keras.ops.convert_to_tensor(np.arange(1.0, 6.0)[None, :, None, None])
     (tile,) = layout.split_keys(x, 3)
     assert to_numpy(tile)[0, 0, :, :, 0].tolist() == [[1, 3], [0, 5], [4, 0]]
+
+
+@pytest.mark.parametrize("n", [1, 7, 13, 257])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_sum_keys_is_the_adjoint_of_split_keys(name, n):
+    layout = LAYOUTS[name](n)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, n, 3, 4))
+    tiles = layout.split_keys(keras.ops.convert_to_tensor(x), n)
+    others = [rng.normal(size=tile.shape) for tile in tiles]
+    back = layout.sum_keys([keras.ops.convert_to_tensor(y) for y in others], n, n)
+    assert back.shape == x.shape
+    there = sum((to_numpy(tile) * y).sum() for tile, y in zip(tiles, others, strict=True))
+    np.testing.assert_allclose((to_numpy(back) * x).sum(), there, rtol=1e-5)
+
+
+def test_sum_rows_adds_what_overlaps_and_leaves_out_what_is_beyond():
+    rng = np.random.default_rng(0)
+    starts, sizes, length = [-3, 2, 4, 15, 18], [7, 5, 2, 3, 9], 20
+    pieces = [rng.normal(size=(2, size, 1, 3)) for size in sizes]
+    expected = np.zeros((2, length + 20, 1, 3))
+    for piece, start in zip(pieces, starts, strict=True):
+        expected[:, start + 10 : start + 10 + piece.shape[1]] += piece
+    found = sum_rows([keras.ops.convert_to_tensor(x) for x in pieces], starts, length)
+    np.testing.assert_allclose(to_numpy(found), expected[:, 10 : 10 + length], rtol=1e-6)
 
 
 @pytest.mark.parametrize("start", [-7, -2, 0, 3, 9])

@@ -28,18 +28,24 @@ from tests.compare import to_numpy
 def counts(parts, n, m, q_pos=None):
     """How often each pair is scored, by scattering the tiles' pairs back."""
     found = np.zeros((n, m), int)
-    rows = np.arange(n, dtype="int32")
-    q_pos = keras.ops.convert_to_tensor(rows if q_pos is None else q_pos)
+    if q_pos is not None:
+        q_pos = keras.ops.convert_to_tensor(q_pos)
     for part in parts:
-        tiles = _Tiles(part, q_pos, m)
-        # The row that a query came from goes through the cut as its position does.
-        came_from = tiles.layout.split_queries(keras.ops.arange(1, n + 1)[None, :, None, None])
-        for row, k_pos, mask in zip(came_from, tiles.k_pos, tiles.masks, strict=True):
-            row, k_pos = to_numpy(row)[0, 0], to_numpy(k_pos)
-            row, k_pos = np.broadcast_arrays(row, k_pos)
-            allowed = np.ones(row.shape, bool) if mask is None else to_numpy(mask)[0, 0]
-            allowed = np.broadcast_to(allowed, row.shape) & (row > 0)
-            np.add.at(found, (row[allowed] - 1, k_pos[allowed]), 1)
+        tiles = _Tiles(part, part.layout.at(n, m), n, m, q_pos)
+        # The row that a query or a key came from goes through the cut as its vector does.
+        rows, columns = (
+            keras.ops.arange(1, size + 1, dtype="int32")[None, :, None, None] for size in (n, m)
+        )
+        rows = tiles.layout.split_queries(rows)
+        columns = tiles.layout.split_keys(columns, n)
+        for row, column, terms in zip(rows, columns, tiles.masks, strict=True):
+            row, column = to_numpy(row)[0, 0], to_numpy(column)[0, 0, :, :, 0][:, None, :]
+            row, column = np.broadcast_arrays(row, column)
+            allowed = row > 0
+            for term in terms:
+                allowed = allowed & to_numpy(term)[0, 0]
+            assert (column[allowed] > 0).all(), "padding may be attended"
+            np.add.at(found, (row[allowed] - 1, column[allowed] - 1), 1)
     return found
 
 

@@ -1,0 +1,195 @@
+"""Pieces: however a call is cut up, kept or worked out again, the result is the same."""
+
+import keras
+import numpy as np
+import pytest
+
+from sparse_attn import (
+    Atrous,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Local,
+    Prefix,
+    Strided,
+    sparse_attention,
+    stream,
+)
+from sparse_attn.layouts import Halo, band_layout, block_layout, column_layout
+from sparse_attn.stream import PIECE_BYTES, schedule, score_bytes
+from tests.cases import Diagonals
+from tests.compare import (
+    BACKEND,
+    assert_equals_oracle,
+    outputs_and_gradients,
+    random_inputs,
+    random_masks,
+)
+
+PATTERNS = [
+    Full(),
+    Causal(),
+    Local(3),
+    Causal() & Local(5),
+    Local((6, 1)),
+    Local(6) & ~Local(2),
+    Atrous(3),
+    Dilated(2, 3),
+    Blocks(4),
+    Causal() & Strided(4),
+    Causal() & (Local(3) | Prefix(2)),
+    Local(4) & Diagonals(),
+    Diagonals(),
+]
+# How small the pieces are, and whether they are kept.
+MODES = {
+    "whole": (PIECE_BYTES, 2**30),
+    "heads": (4000, 2**30),
+    "chunks": (1500, 2**30),
+    "streamed": (PIECE_BYTES, 0),
+    "streamed chunks": (1500, 0),
+}
+
+
+@pytest.fixture(params=MODES)
+def mode(request, monkeypatch):
+    """Sets the size of pieces, and returns `max_score_bytes`."""
+    piece_bytes, max_score_bytes = MODES[request.param]
+    monkeypatch.setattr(stream, "PIECE_BYTES", piece_bytes)
+    return {"max_score_bytes": max_score_bytes}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_every_path_equals_oracle(pattern, mode):
+    assert_equals_oracle(pattern, 37, 37, **random_masks(37, 37), **mode)
+
+
+@pytest.mark.parametrize("lengths", [(13, 29), (29, 13)], ids=str)
+@pytest.mark.parametrize("pattern", [Local((3, 1)), Strided(4)], ids=repr)
+def test_every_path_takes_unequal_lengths(pattern, lengths, mode):
+    assert_equals_oracle(pattern, *lengths, **random_masks(*lengths), **mode)
+
+
+@pytest.mark.parametrize("pattern", [Local(3), Causal(), Causal() & Strided(4)], ids=repr)
+def test_every_path_takes_a_mask_of_pairs(pattern, mode):
+    mask = np.random.default_rng(5).random((2, 2, 37, 37)) < 0.6
+    for shape in (mask, mask[:, :1], mask[:1, 0]):
+        assert_equals_oracle(pattern, 37, 37, attention_mask=shape, **mode)
+
+
+@pytest.mark.parametrize("pattern", [Local(3), Causal()], ids=repr)
+def test_every_path_takes_a_bias(pattern, mode):
+    bias = np.random.default_rng(5).normal(size=(1, 2, 29, 29))
+    assert_equals_oracle(pattern, 29, 29, bias=bias, **mode)
+
+
+def dropped(pattern, cotangent, max_score_bytes, seed=4):
+    """Output and gradients under dropout, and a function that gives the output alone."""
+
+    def function(q, k, v):
+        options = {"dropout": 0.3, "seed": seed, "max_score_bytes": max_score_bytes}
+        return (sparse_attention(q, k, v, pattern, **options),)
+
+    inputs = random_inputs(37, 37)
+    (out,), gradients = outputs_and_gradients(function, inputs, (cotangent,))
+    return (
+        inputs,
+        out,
+        gradients,
+        lambda *x: np.asarray(keras.ops.convert_to_numpy(function(*x)[0]), "float64"),
+    )
+
+
+@pytest.mark.parametrize("pattern", [Local(3), Causal(), Strided(4)], ids=repr)
+def test_gradients_under_dropout_are_those_of_the_output(pattern, mode):
+    # The backward pass must drop what the forward pass did, or a small step goes elsewhere.
+    rng = np.random.default_rng(1)
+    cotangent = rng.normal(size=(2, 37, 2, 3))
+    inputs, _, gradients, output = dropped(pattern, cotangent, **mode)
+    eps, tolerance = (1e-2, 2e-2) if BACKEND == "jax" else (1e-6, 1e-5)
+    for i, gradient in enumerate(gradients):
+        step = rng.normal(size=inputs[i].shape)
+        ahead, behind = (
+            output(*(x + sign * eps * step if i == j else x for j, x in enumerate(inputs)))
+            if BACKEND != "jax"
+            else output(
+                *(
+                    (x + sign * eps * step).astype("float32") if i == j else x
+                    for j, x in enumerate(inputs)
+                )
+            )
+            for sign in (1, -1)
+        )
+        slope = ((ahead - behind) / (2 * eps) * cotangent).sum()
+        expected = (gradient * step).sum()
+        assert abs(slope - expected) < tolerance * max(1, abs(expected))
+
+
+def test_no_two_pieces_drop_alike(mode):
+    # Every tile of `Blocks` has the same queries, keys and values here.
+    def function(q, k, v):
+        return sparse_attention(q, k, v, Blocks(4), dropout=0.5, seed=7, **mode)
+
+    x = np.ones((2, 32, 2, 3), "float32")
+    out = np.asarray(keras.ops.convert_to_numpy(function(x, x, x)))
+    rows = out[..., 0].reshape(2, 8, 4, 2).transpose(0, 1, 3, 2).reshape(32, 4)
+    assert len(np.unique(rows, axis=0)) > 20
+
+
+def test_dropout_keeps_the_mean_on_every_path(mode):
+    x = np.ones((1, 64, 2, 4), "float32")
+    outs = [
+        keras.ops.convert_to_numpy(
+            sparse_attention(x, x, x, Local(7), dropout=0.4, seed=seed, **mode)
+        )
+        for seed in range(12)
+    ]
+    assert abs(np.mean(outs) - 1) < 0.03
+
+
+# ---- How a call is cut up ----------------------------------------------------
+
+
+def test_a_small_call_is_one_piece():
+    found = schedule(band_layout(16, 16, 1, 128, 128), 1, 8, "float32")
+    assert found.num_pieces(1, 8) == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        band_layout(256, 256, 1, 2**17, 2**17),
+        band_layout(None, 0, 1, 8192, 8192),
+        band_layout(None, None, 1, 8192, 8192),
+        band_layout(100, 0, 7, 2**18, 2**18),
+        block_layout(512, 2**16),
+        column_layout(300, 2**17, 2**17),
+    ],
+    ids=repr,
+)
+def test_pieces_are_small_and_hold_what_the_layout_does(layout, streamed):
+    found = schedule(layout, 3, 8, "float32", streamed)
+    runs = found.layout.runs()
+    for run in runs:
+        batch = 1 if streamed else 3
+        bytes_ = score_bytes(run.scored_pairs, batch, found.heads, "float32")
+        assert bytes_ <= 1.1 * PIECE_BYTES
+    pairs = sum(run.count * run.scored_pairs for run in runs)
+    assert layout.scored_pairs <= pairs <= 1.05 * layout.scored_pairs
+
+
+def test_a_long_dense_layout_stays_a_graph_of_bearable_size():
+    assert len(band_layout(None, None, 1, 2**17, 2**17).cut(1).runs()) <= 64
+    assert len(band_layout(None, 0, 1, 2**17, 2**17).cut(1).runs()) <= 72
+
+
+def test_chunks_are_even():
+    # 33 blocks in chunks of at most 16 are 3 times 11, not 16, 16 and 1.
+    layout = Halo(1, 4, -4, 8, 33 * 4).cut(16 * 4 * 12)
+    assert (layout.chunk, layout.runs()[0].count) == (11, 3)
+
+
+def test_an_unknown_batch_counts_as_8():
+    assert score_bytes(10, None, 2, "bfloat16") == score_bytes(10, 8, 2, "float32") == 640
