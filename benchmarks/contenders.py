@@ -1,0 +1,249 @@
+"""The contenders: each a way to compute a job, with what it needs made ready outside of the timing.
+
+Its library is imported in its own process only.
+"""
+
+from dataclasses import dataclass
+
+from benchmarks.inputs import DIM, FEATURES, HEADS, weights
+
+CONTENDERS = {}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A function that makes a function of tensors for a job, and how to call it.
+
+    `kind` says what the tensors are, see `inputs.shapes`; with `heads_first` those of attention
+    are `(b, h, n, d)`.
+    """
+
+    make: object
+    framework: str
+    about: str
+    kind: str = "attention"
+    heads_first: bool = False
+    xla: bool = False
+
+
+def contender(name, framework, about, **options):
+    def register(make):
+        CONTENDERS[name] = Contender(make, framework, about, **options)
+        return make
+
+    return register
+
+
+def _pattern(job):
+    from sparse_attn import parse_pattern
+
+    return parse_pattern(job.pattern)
+
+
+@contender("sparse_attn TensorFlow", "tensorflow", "`sparse_attention` in a `tf.function`")
+@contender(
+    "sparse_attn TensorFlow XLA",
+    "tensorflow",
+    "`sparse_attention` in a `tf.function(jit_compile=True)`",
+    xla=True,
+)
+@contender("sparse_attn JAX", "jax", "`sparse_attention` under `jax.jit`, which is XLA")
+@contender("sparse_attn PyTorch", "torch", "`sparse_attention`, not compiled")
+def _sparse_attn(job):
+    from sparse_attn import sparse_attention
+
+    pattern = _pattern(job)
+    return lambda q, k, v: sparse_attention(q, k, v, pattern)
+
+
+@contender("Keras dense", "tensorflow", "`keras.ops.dot_product_attention` without a mask")
+def _keras_dense(job):
+    from keras import ops
+
+    return ops.dot_product_attention
+
+
+@contender("Keras causal", "tensorflow", "`keras.ops.dot_product_attention(is_causal=True)`")
+def _keras_causal(job):
+    from keras import ops
+
+    return lambda q, k, v: ops.dot_product_attention(q, k, v, is_causal=True)
+
+
+@contender("Keras masked", "tensorflow", "`keras.ops.dot_product_attention(mask=)`, of bools")
+def _keras_masked(job):
+    from keras import ops
+
+    mask = ops.convert_to_tensor(_pattern(job).mask(job.n)[None, None])
+    return lambda q, k, v: ops.dot_product_attention(q, k, v, mask=mask)
+
+
+@contender("JAX local window", "jax", "`jax.nn.dot_product_attention(local_window_size=)`")
+@contender("JAX cuDNN", "jax", "`jax.nn.dot_product_attention(implementation='cudnn')`")
+def _jax_local(job):
+    import jax
+
+    window = _pattern(job).sides
+    options = {"implementation": "cudnn", "is_causal": True} if job.device == "gpu" else {}
+    return lambda q, k, v: jax.nn.dot_product_attention(
+        q, k, v, local_window_size=window, **options
+    )
+
+
+@contender(
+    "PyTorch SDPA", "torch", "`scaled_dot_product_attention`, fused, dense", heads_first=True
+)
+def _sdpa(job):
+    from torch.nn import functional
+
+    return functional.scaled_dot_product_attention
+
+
+@contender(
+    "PyTorch SDPA cuDNN",
+    "torch",
+    "`scaled_dot_product_attention` of cuDNN, dense",
+    heads_first=True,
+)
+def _sdpa_cudnn(job):
+    from torch.nn import attention, functional
+
+    def attend(q, k, v):
+        with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
+            return functional.scaled_dot_product_attention(q, k, v)
+
+    return attend
+
+
+@contender(
+    "PyTorch FlexAttention",
+    "torch",
+    "`flex_attention` under `torch.compile`, with a block mask made beforehand",
+    heads_first=True,
+)
+def _flex(job):
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    pattern = _pattern(job)
+    blocks = create_block_mask(
+        lambda b, h, q_pos, k_pos: pattern(q_pos, k_pos),
+        *(None, None, job.n, job.n),
+        device="cuda" if job.device == "gpu" else "cpu",
+        _compile=job.n > 16384,  # or it makes n * n bools on the way
+    )
+    attend = torch.compile(flex_attention, dynamic=False)  # fast kernels, of this length only
+    return lambda q, k, v: attend(q, k, v, block_mask=blocks)
+
+
+@contender(
+    "local-attention",
+    "torch",
+    "`LocalAttention(exact_windowsize=True)` of lucidrains, without rotary positions",
+    heads_first=True,
+)
+def _local_attention(job):
+    from local_attention import LocalAttention
+
+    return LocalAttention(
+        dim=DIM,
+        window_size=_pattern(job).window,
+        look_backward=1,
+        look_forward=1,
+        exact_windowsize=True,
+        use_rotary_pos_emb=False,
+        autopad=True,
+    )
+
+
+@contender(
+    "LocalSelfAttention TensorFlow",
+    "tensorflow",
+    "`LocalSelfAttention(8, 64, window)` of sparse_attn in a `tf.function`",
+    kind="layer",
+)
+@contender(
+    "LocalSelfAttention PyTorch",
+    "torch",
+    "`LocalSelfAttention(8, 64, window)` of sparse_attn, not compiled",
+    kind="layer",
+)
+def _our_layer(job):
+    from sparse_attn.layers import LocalSelfAttention
+
+    layer = LocalSelfAttention(HEADS, DIM, window=_pattern(job).window)
+    layer.build((1, job.n, FEATURES))
+    return _with_weights(layer)
+
+
+@contender(
+    "Keras MultiHeadAttention",
+    "tensorflow",
+    "`keras.layers.MultiHeadAttention(8, 64, sliding_window=window + 1)`",
+    kind="layer",
+)
+def _keras_layer(job):
+    import keras
+
+    layer = keras.layers.MultiHeadAttention(
+        HEADS, DIM, sliding_window=_pattern(job).window + 1, dtype=job.dtype
+    )
+    layer.build((1, job.n, FEATURES), (1, job.n, FEATURES))
+    _with_weights(layer)
+    return lambda x: layer(x, x)
+
+
+def _with_weights(layer):
+    for variable, array in zip(layer.weights, weights(), strict=True):
+        variable.assign(array.reshape(variable.shape))
+    return layer
+
+
+@contender(
+    "Longformer PyTorch",
+    "torch",
+    "`LongformerSelfAttention(attention_window=2 * window)` of transformers, and a `Linear` for "
+    "the output, which it leaves to its caller",
+    kind="layer",
+)
+def _longformer(job):
+    import torch
+    from transformers.models.longformer import modeling_longformer as longformer
+
+    config = longformer.LongformerConfig(
+        hidden_size=FEATURES,
+        num_attention_heads=HEADS,
+        attention_window=[2 * _pattern(job).window],
+        attention_probs_dropout_prob=0.0,
+    )
+    layer = longformer.LongformerSelfAttention(config, layer_id=0)
+    del layer.query_global, layer.key_global, layer.value_global  # nothing is global here
+    output = torch.nn.Linear(FEATURES, FEATURES)
+    arrays = [torch.from_numpy(x) for x in weights()]
+    parts = (layer.query, layer.key, layer.value, output)
+    with torch.no_grad():
+        for linear, kernel, bias in zip(parts, arrays[::2], arrays[1::2], strict=True):
+            linear.weight.copy_(kernel.T)
+            linear.bias.copy_(bias)
+    free = torch.zeros((1, job.n))
+    masks = {"is_index_masked": free.bool(), "is_index_global_attn": free.bool()}
+
+    def attend(x):
+        return output(layer(x, attention_mask=free, is_global_attn=False, **masks)[0])
+
+    attend.parameters = torch.nn.ModuleList([layer, output]).parameters
+    return attend
+
+
+@contender("GEMM TensorFlow", "tensorflow", "a product of two `(n, n)` matrices", kind="gemm")
+def _gemm_tensorflow(job):
+    import tensorflow as tf
+
+    return tf.matmul
+
+
+@contender("GEMM PyTorch", "torch", "a product of two `(n, n)` matrices", kind="gemm")
+def _gemm_torch(job):
+    import torch
+
+    return torch.matmul

@@ -1,0 +1,230 @@
+"""Tables and plots of stored results: what `python -m benchmarks` writes beside its JSON."""
+
+import io
+import os
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.rows import FULL, LOCAL, exponent
+
+# How a quantity and its limit are said.
+QUANTITIES = {
+    "time": ("{:.2f} of its time", "≤ {:.3g}"),
+    "speed": ("{:.1f} times as fast", "≥ {:.3g}"),
+    "peak memory": ("{:.2f} of its peak memory", "≤ {:.3g}"),
+    "gigabytes": ("{:.1f} GB for the whole process", "≤ {:.3g} GB"),
+    "exponent of time": ("time ~ n^{:.2f}", "≤ {:.3g}"),
+    "exponent of memory": ("memory ~ n^{:.2f}", "≤ {:.3g}"),
+    "share": ("{:.0%} of its rate", "≥ {:.0%}"),
+}
+# What is plotted: its key in a measurement, and its unit.
+PLOTS = {"time": ("seconds", 1e3, "milliseconds"), "memory": ("above", 1e-6, "MB above the start")}
+# Okabe and Ito's colours, which the colour-blind can tell apart; grey for the yellow, too pale.
+COLOURS = ["#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#777777"]
+MARKERS = "osD^v*XP"
+
+
+def write(results, path):
+    """Write the page and the plots of results beside their JSON file; return the paths."""
+    images = {what: path.with_name(f"{path.stem}-{what}.svg") for what in PLOTS}
+    for what, image in images.items():
+        write_whole(image, plot(results, what))
+    page = path.with_suffix(".md")
+    write_whole(page, markdown(results, {what: image.name for what, image in images.items()}))
+    return [page, *images.values()]
+
+
+def write_whole(path, text):
+    """Write a file, or leave what was there: never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"dir": path.parent, "delete": False, "encoding": "utf-8"}
+    with tempfile.NamedTemporaryFile("w", **options) as part:
+        part.write(text)
+    Path(part.name).chmod(0o644)
+    os.replace(part.name, path)
+
+
+def reached(bar):
+    """Whether a stored bar is reached, or `None` if it has no limit or no value."""
+    if bar["limit"] is None or bar["value"] is None:
+        return None
+    at_least = QUANTITIES[bar["quantity"]][1].startswith("≥")
+    return bar["value"] >= bar["limit"] if at_least else bar["value"] <= bar["limit"]
+
+
+def claims(name, row):
+    """What a row says, a tuple of str for each bar: contender, peer, measured, bar, reached."""
+    for bar in row["bars"]:
+        measured, limit = QUANTITIES[bar["quantity"]]
+        peer = "" if bar["against"] is None else _label(name, row, bar["against"])
+        yield (
+            _label(name, row, bar["of"]),
+            peer,
+            "failed" if bar["value"] is None else measured.format(bar["value"]),
+            "" if bar["limit"] is None else limit.format(bar["limit"]),
+            {True: "yes", False: "no", None: ""}[reached(bar)],
+        )
+
+
+def _label(name, row, index):
+    """A contender as its row calls it, with what the row's name leaves open."""
+    jobs = [m["job"] for m in row["measurements"]]
+    job = jobs[index]
+    parts = [job["contender"]]
+    if job["pattern"] not in name and not job["contender"].startswith("GEMM"):
+        parts.append(job["pattern"])
+    if len({j["dtype"] for j in jobs}) > 1:
+        parts.append(job["dtype"])
+    return ", ".join(parts)
+
+
+def summary(results, bars=True):
+    """What was reached of the bars, or what has none, as a Markdown table of ratios: a str."""
+    head = ["work", "contender", "against", "measured", *(["bar", "reached"] if bars else [])]
+    lines = [
+        (name, *claim[: len(head) - 1])
+        for name, row in results["rows"].items()
+        for claim in claims(name, row)
+        if bool(claim[3]) == bars
+    ]
+    return _table(head, lines)
+
+
+def _table(head, lines):
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(
+        f"| {' | '.join(str(x).replace('|', chr(92) + '|') for x in row)} |\n" for row in rows
+    )
+
+
+def markdown(results, images):
+    """The page: a str. `images` has the file names of the plots of time and memory."""
+    rows = results["rows"]
+    parts = [
+        f"# {results['title']}",
+        f"Made by `{results['command']}`. Batch 1, 8 heads of 64, float32 unless it says so. The "
+        "contenders of a row take turns, each in a process of its own; its time is the median "
+        "over the turns. Every contender's results were compared with a float64 oracle first. "
+        "Training is forward and the gradients of all inputs and weights, without an optimizer.",
+        "## Bars",
+        summary(results),
+        "## Without a bar",
+        summary(results, bars=False),
+        "## Growth",
+        f"Of `{LOCAL}` where nothing else is said. Memory is what a process has above that before "
+        "its first call; compiling counts. A slope is the exponent of n.",
+        *[f"![{what} against n]({image})" for what, image in images.items()],
+        slopes(results),
+        "## Measurements",
+        "Milliseconds of a call; useful GFLOP/s, in which masked pairs do not count; MB at the "
+        "peak of the whole process, and above its start (on a GPU, of the GPU's memory); the "
+        "largest error of a row, beside a typical row.",
+        *[f"### {name}\n\n{_measurements(name, row)}" for name, row in rows.items()],
+        "## Contenders",
+        _contenders(rows),
+        "## Machines and versions",
+        _machines(rows),
+    ]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _measurements(name, row):
+    head = ["contender", "n", "ms", "GFLOP/s", "peak MB", "above", "error"]
+    lines = []
+    for i, m in enumerate(row["measurements"]):
+        first = (_label(name, row, i), m["job"]["n"])
+        if "failed" in m:
+            lines.append((*first, f"failed: {m['failed']}", "", "", "", ""))
+            continue
+        rate = f"{m['flops'] / m['seconds'] / 1e9:.0f}" if m["flops"] else ""
+        memory = [f"{m[key] / 1e6:.0f}" for key in ("peak", "above")]
+        error = f"{max(m['errors'].values()):.0e}"
+        time = 1e3 * m["seconds"]
+        lines.append(
+            (*first, f"{time:.0f}" if time >= 100 else f"{time:.3g}", rate, *memory, error)
+        )
+    return _table(head, lines)
+
+
+def _contenders(rows):
+    used = {m["job"]["contender"] for row in rows.values() for m in row["measurements"]}
+    return _table(["name", "is"], [(x, CONTENDERS[x].about) for x in CONTENDERS if x in used])
+
+
+def _machines(rows):
+    groups = defaultdict(list)
+    for name, row in rows.items():
+        known = [", ".join(f"{k} {v}" for k, v in row[x].items()) for x in ("machine", "versions")]
+        groups[row["date"], *known].append(name)
+    lines = [
+        f"- {date}: {machine}; {versions}. Rows: {'all' if len(groups) == 1 else '; '.join(names)}"
+        for (date, machine, versions), names in groups.items()
+    ]
+    return "\n".join(lines)
+
+
+def curves(results):
+    """Measurements of the growth, by length: a dict by (label, task)."""
+    found = defaultdict(list)
+    for row in results["rows"].values():
+        for m in row["measurements"] if row["curve"] else []:
+            job = m["job"]
+            if "failed" not in m and m["above"] > 0:
+                pattern = {LOCAL: "", FULL: ", dense"}.get(job["pattern"], f", {job['pattern']}")
+                found[job["contender"] + pattern, job["task"]].append(m)
+    return {key: sorted(points, key=lambda m: m["job"]["n"]) for key, points in found.items()}
+
+
+def _slope(points, key):
+    """The exponent of a curve, as a str."""
+    found = exponent([m["job"]["n"] for m in points], [m[key] for m in points])
+    return "-" if found is None else f"{found:.2f}"
+
+
+def slopes(results):
+    lines = [
+        (*about, _slope(points, "seconds"), _slope(points, "above"))
+        for about, points in sorted(curves(results).items())
+    ]
+    return _table(["contender", "task", "slope of time", "slope of memory"], lines)
+
+
+def plot(results, what):
+    """Time or memory against n, forward and training side by side: a str, an SVG document."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    key, scale, unit = PLOTS[what]
+    found = curves(results)
+    labels = sorted({label for label, _ in found}, key=lambda x: (not _is_ours(x), x))
+    with matplotlib.rc_context({"svg.hashsalt": "sparse_attn", "font.size": 11}):
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        for axis, task in zip(
+            figure.subplots(1, 2, sharey=True), ("forward", "training"), strict=True
+        ):
+            ticks = sorted({m["job"]["n"] for (_, t), points in found.items() for m in points})
+            for i, label in enumerate(labels):
+                if points := found.get((label, task)):
+                    axis.loglog(
+                        [m["job"]["n"] for m in points],
+                        [m[key] * scale for m in points],
+                        color=COLOURS[i % len(COLOURS)],
+                        marker=MARKERS[i % len(MARKERS)],
+                        linestyle="-" if _is_ours(label) else "--",
+                        label=f"{label}, slope {_slope(points, key)}",
+                    )
+            axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+            axis.set_xticks([], minor=True)
+            axis.set(title=task, xlabel="n", ylabel=unit)
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _is_ours(label):
+    return label.startswith("sparse_attn")
