@@ -499,7 +499,7 @@ def _stairs(left, right, rate, n, m):
         return Stairs(rate, ((0, None, 0, None),), n, m)
     queries, keys = _blocks(n, rate), _blocks(m, rate)
     bounded = left is not None or right is not None
-    groups = min(8, max(1, queries // 64)) if bounded else 1
+    groups = min(8, max(1, queries // 128)) if bounded else 1
     edges = np.linspace(0, queries, groups + 1).astype(int).tolist()
     steps = []
     for q0, q1 in itertools.pairwise(edges):

@@ -47,6 +47,9 @@ from sparse_attn.patterns import (
 )
 
 MAX_PARTS = 4
+# What takes time beside the pairs, said in pairs: another part and its merge, and tiles at all.
+PART_PAIRS = 2**16
+TILE_PAIRS = 2**13
 LONGEST = 2**31  # positions are int32: where a length is unknown, it is no longer than this
 
 
@@ -162,7 +165,8 @@ def _cached_plan(pattern, n, m, registered):
                 exact = exact & ~earlier.pattern
         parts.append(Part(term.bound, exact, layout(term.bound, n, m)))
     dense = layout(Band(), n, m)
-    if sum(part.scored_pairs for part in parts) >= dense.scored_pairs:
+    overhead = TILE_PAIRS + PART_PAIRS * (len(parts) - 1)
+    if parts and sum(part.scored_pairs for part in parts) + overhead >= dense.scored_pairs:
         parts = [Part(Band(), parts[0].pattern if len(parts) == 1 else pattern, dense)]
     return Plan(tuple(parts), n, m)
 
@@ -395,7 +399,7 @@ def _both(a, b, n, m):
 
 
 def _fuse(terms, n, m):
-    """Join terms while that saves pairs, and until there are few."""
+    """Join terms while that saves more than a part costs, and until there are few."""
     terms = list(dict.fromkeys(terms))
     while len(terms) > 1:
         fusions = []
@@ -404,7 +408,7 @@ def _fuse(terms, n, m):
             saved = _cost(a.bound, n, m) + _cost(b.bound, n, m) - _cost(fused.bound, n, m)
             fusions.append((saved, a, b, fused))
         saved, a, b, fused = max(fusions, key=lambda fusion: fusion[0])
-        if saved < 0 and len(terms) <= MAX_PARTS:
+        if saved + PART_PAIRS < 0 and len(terms) <= MAX_PARTS:
             break
         terms = [term for term in terms if term not in (a, b)] + [fused]
     return terms

@@ -1,5 +1,7 @@
 """Plans: every allowed pair in exactly one part, and never more work than dense."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
@@ -23,6 +25,9 @@ from sparse_attn.layouts import Halo, Rows, Stairs
 from sparse_attn.plan import MAX_PARTS, bound, plan_at
 from tests.cases import EXPRESSIONS, LEAVES, LENGTHS, UNEQUAL, Diagonals, expressions, lengths
 from tests.compare import to_numpy
+from tests.conftest import DEFAULTS
+
+plan_module = importlib.import_module("sparse_attn.plan")  # `plan` alone is the function
 
 
 def counts(parts, n, m, q_pos=None):
@@ -262,3 +267,31 @@ def test_a_bound_of_the_wrong_type_is_named():
     bound.register(Odd, lambda pattern: 3)
     with pytest.raises(TypeError, match=r"must be a Band, Blocks or Prefix. Received: bound\(Odd"):
         plan(Odd(), 4)
+
+
+# ---- What a part costs beside its pairs --------------------------------------
+
+
+@pytest.fixture
+def default_costs(monkeypatch):
+    """The costs as users have them; other tests leave them out (`conftest.py`)."""
+    for name, value in DEFAULTS.items():
+        monkeypatch.setattr(plan_module, name, value)
+    plan_module._cached_plan.cache_clear()
+    yield
+    plan_module._cached_plan.cache_clear()
+
+
+@pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
+def test_each_pair_is_scored_exactly_once_with_the_costs_of_parts(pattern, default_costs):
+    for n in (1, 13, 128, 300):
+        check(pattern, n, n)
+
+
+def test_a_short_sequence_is_dense_where_parts_cost_more_than_they_save(default_costs):
+    pattern = Causal() & (Local(16) | Prefix(4))
+    assert [len(plan(pattern, n)) for n in (128, 256, 1024)] == [1, 1, 2]
+    assert plan(pattern, 128).share == 1
+    assert plan(Local(16), 128).share == 1
+    assert plan(Local(16), 256).share < 0.5
+    assert plan(Atrous(4), 128).share == 0.25
