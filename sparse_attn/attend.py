@@ -9,20 +9,20 @@ from sparse_attn.checks import check_tensor, received
 from sparse_attn.masking import LOWEST, MASKED, softmax, wide, zero_masked
 
 
-def weigh(query, key, tables=()):
+def weigh(query, key, tables, dtype):
     """The softmax weights of each tile's queries over its keys.
 
     Args:
         query: `(b, h, t, i, d)`, already scaled and finite.
         key: `(b, h, t, j, d)`, finite.
-        tables: float tensors to add to the scores, of float32 or wider and of
-            shapes that broadcast to `(b, h, t, i, j)`: biases, masks.
+        tables: tensors to add to the scores, which broadcast to `(b, h, t, i, j)`:
+            biases, masks.
+        dtype: that of the tables and of the softmax.
 
     Returns:
-        `(scores, weights)`, both `(b, h, t, i, j)` in float32 or wider.
+        `(scores, weights)`, both `(b, h, t, i, j)` of that dtype.
     """
-    scores = einsum(query, key, "b h t i d, b h t j d -> b h t i j")
-    scores = ops.cast(scores, wide(query.dtype))
+    scores = ops.cast(einsum(query, key, "b h t i d, b h t j d -> b h t i j"), dtype)
     for table in tables:
         scores = scores + table
     return scores, softmax(scores)

@@ -67,7 +67,7 @@ def additive_mask(mask, dtype):
 
     Args:
         mask: a bool tensor.
-        dtype: float32 or wider.
+        dtype: any float type of the range of float32: not float16.
     """
     return ops.where(mask, ops.zeros((), dtype), ops.full((), LOWEST, dtype))
 

@@ -57,7 +57,8 @@ def score_bytes(pairs, batch, heads, dtype):
 def schedule(layout, batch, heads, dtype, streamed=False):
     """A `Schedule` in pieces of about `PIECE_BYTES` of scores, for a layout of known lengths."""
     pair = score_bytes(1, 1 if streamed else batch, 1, dtype)
-    layout = layout.cut(max(1, PIECE_BYTES // pair))
+    # To cut costs copies where chunks meet: a single head may take twice as much.
+    layout = layout.cut(max(1, 2 * PIECE_BYTES // pair))
     largest = pair * max(run.scored_pairs for run in layout.runs())
     fitting = [x for x in range(1, heads + 1) if heads % x == 0 and x * largest <= PIECE_BYTES]
     return Schedule(layout, max(fitting, default=1), streamed)
@@ -93,8 +94,8 @@ def attend_tiles(
         rest = iter(flat)
         given_bias = [next(rest) for _ in bias]
         given_masks = [[next(rest) for _ in terms] for terms in masks]
-        pieces = _Pieces(schedule, (query, key, value), given_masks, given_bias)
-        pieces.dropout, pieces.seeds, pieces.return_lse = dropout, next(rest, None), return_lse
+        options = {"seeds": next(rest, None), "dropout": dropout, "return_lse": return_lse}
+        pieces = _Pieces(schedule, (query, key, value), given_masks, given_bias, **options)
         packed = pieces.forward()
 
         @unconverted
@@ -142,16 +143,18 @@ class _Piece:
 class _Pieces:
     """The forward and the backward pass over all pieces."""
 
-    dropout, seeds, return_lse = 0.0, None, False
-
-    def __init__(self, schedule, tensors, masks, bias):
+    def __init__(self, schedule, tensors, masks, bias, seeds, dropout, return_lse):
         self.streamed, self.heads = schedule.streamed, schedule.heads
         self.runs = schedule.layout.runs()
         self.masks, self.bias = masks, bias
+        self.seeds, self.dropout, self.return_lse = seeds, dropout, return_lse
         query, key, value = tensors
         self.n, self.m = ops.shape(query)[1], ops.shape(key)[1]
         self.batch, self.groups = ops.shape(query)[0], query.shape[2] // self.heads
-        self.dtype = query.dtype
+        self.dtype = self.score_dtype = keras.backend.standardize_dtype(query.dtype)
+        # A mask adds 0 or `LOWEST`, which bfloat16 has; and all softmaxes sum it up in float32.
+        if self.dtype != "bfloat16" or return_lse or bias:
+            self.score_dtype = wide(self.dtype)
         # Chunks may reach beyond the ends: padding, so that they can be sliced.
         parts = [run for run in self.runs if run.queries is not None]
         self.q_rows = max((x.q_start + x.count * x.queries for x in parts), default=self.n)
@@ -184,7 +187,7 @@ class _Pieces:
 
     def _forward(self, piece):
         query, key, value = self._tiles(piece)
-        scores, weights = weigh(query, key, self._tables(piece))
+        scores, weights = weigh(query, key, self._tables(piece), self.score_dtype)
         lse = log_sum_exp(scores, weights)[..., None] if self.return_lse else None
         weights, drop = ops.cast(weights, self.dtype), self._drop(piece, ops.shape(weights))
         if not self.streamed:
@@ -195,7 +198,7 @@ class _Pieces:
     def _backward(self, piece):
         query, key, value = self._tiles(piece)
         if self.streamed:
-            _, weights = weigh(query, key, self._tables(piece))
+            _, weights = weigh(query, key, self._tables(piece), self.score_dtype)
             weights, drop = ops.cast(weights, self.dtype), self._drop(piece, ops.shape(weights))
         else:
             weights, drop = self.kept[piece.number]
@@ -281,7 +284,7 @@ class _Pieces:
         shared = all(term.shape[1] == 1 for term in terms)  # by all heads
         place = piece.run_index, piece.chunk, None if shared else piece.group
         if self.streamed or place not in self.tables:
-            tables = [additive_mask(self._at(piece, x), wide(self.dtype)) for x in terms]
+            tables = [additive_mask(self._at(piece, x), self.score_dtype) for x in terms]
             table = sum(tables[1:], tables[0])
             if self.streamed:
                 return [*bias, table]

@@ -46,9 +46,9 @@ PATTERNS = [
 MODES = {
     "whole": (PIECE_BYTES, 2**30),
     "heads": (4000, 2**30),
-    "chunks": (1500, 2**30),
+    "chunks": (800, 2**30),
     "streamed": (PIECE_BYTES, 0),
-    "streamed chunks": (1500, 0),
+    "streamed chunks": (800, 0),
 }
 
 
@@ -175,7 +175,7 @@ def test_pieces_are_small_and_hold_what_the_layout_does(layout, streamed):
     for run in runs:
         batch = 1 if streamed else 3
         bytes_ = score_bytes(run.scored_pairs, batch, found.heads, "float32")
-        assert bytes_ <= 1.1 * PIECE_BYTES
+        assert bytes_ <= (2.1 if found.heads == 1 else 1) * PIECE_BYTES
     pairs = sum(run.count * run.scored_pairs for run in runs)
     assert layout.scored_pairs <= pairs <= 1.05 * layout.scored_pairs
 
