@@ -81,11 +81,11 @@ def sparse_attention(
         seed: an int or a `keras.random.SeedGenerator`, for dropout.
         return_lse: whether to return the log-sum-exp as well.
         max_score_bytes: an int, 2**30 by default. Where the scores of all tiles
-            take no more than this, the softmax weights are kept for the backward
-            pass. Otherwise tiles are worked off a few at a time, and in the
-            backward pass once more, for about 1.3 times the time. An unknown
-            batch counts as 8. Weights are always kept where a length is
-            unknown, and with a `bias`.
+            take no more bytes than this, the softmax weights are kept for the
+            backward pass. Otherwise a few tiles are worked off at a time, and
+            in the backward pass once more: training takes about 1.4 times the
+            time. An unknown batch counts as 8. Where a length is unknown, and
+            with a `bias`, the weights are always kept.
 
     Returns:
         `out`, of shape `(b, n, h, e)` and the dtype of `query`; a query with

@@ -225,28 +225,29 @@ class Halo:
         low, high = self.shifts
         x = crop(x, low * self._step - self._skipped, (blocks + high - low) * self._step)
         heads = x.shape[2]
-        x = rearrange(x, "b (u w r) h d -> (b h r) u w d", w=self.width, r=self.rate)
-        rows, _, _, dim = ops.shape(x)
+        # Blocks first: to slice the first axis is no copy.
+        x = rearrange(x, "b (u w r) h d -> u (b h r) w d", w=self.width, r=self.rate)
+        _, rows, _, dim = ops.shape(x)
         pieces = [
-            ops.slice(x, (0, shift - low, start, 0), (rows, blocks, size, dim))
+            ops.slice(x, (shift - low, 0, start, 0), (blocks, rows, size, dim))
             for shift, start, size in self._pieces()
         ]
         x = pieces[0] if len(pieces) == 1 else ops.concatenate(pieces, axis=2)
-        return [rearrange(x, "(b h r) t j d -> b h (r t) j d", h=heads, r=self.rate)]
+        return [rearrange(x, "t (b h r) j d -> b h (r t) j d", h=heads, r=self.rate)]
 
     def sum_keys(self, tiles, n, m):
         low, high = self.shifts
         heads = tiles[0].shape[1]
-        x = rearrange(tiles[0], "b h (r t) j d -> (b h r) t j d", r=self.rate)
-        rows, blocks, _, dim = ops.shape(x)
+        x = rearrange(tiles[0], "b h (r t) j d -> t (b h r) j d", r=self.rate)
+        blocks, rows, _, dim = ops.shape(x)
         total, offset = None, 0
         for shift, start, size in self._pieces():
-            piece = ops.slice(x, (0, 0, offset, 0), (rows, blocks, size, dim))
-            around = (shift - low, high - shift), (start, self.width - start - size)
-            piece = ops.pad(piece, ((0, 0), *around, (0, 0)))
+            piece = ops.slice(x, (0, 0, offset, 0), (blocks, rows, size, dim))
+            before, behind = (shift - low, high - shift), (start, self.width - start - size)
+            piece = ops.pad(piece, (before, (0, 0), behind, (0, 0)))
             total = piece if total is None else total + piece
             offset += size
-        x = rearrange(total, "(b h r) u w d -> b (u w r) h d", h=heads, r=self.rate)
+        x = rearrange(total, "u (b h r) w d -> b (u w r) h d", h=heads, r=self.rate)
         return crop(x, self._skipped - low * self._step, m)
 
     @property

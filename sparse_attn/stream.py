@@ -20,10 +20,11 @@ from keras import ops
 from sparse_attn.attend import average, gradients, log_sum_exp, weigh
 from sparse_attn.layouts import Run, crop, sum_rows
 from sparse_attn.masking import additive_mask, wide
-from sparse_attn.tracing import unconverted
+from sparse_attn.tracing import after, unconverted
 
 MAX_SCORE_BYTES = 2**30
 PIECE_BYTES = 2**24  # what a CPU's allocator recycles; larger tensors are mapped anew each time
+AT_ONCE = 2  # pieces that a graph of TensorFlow works on at the same time
 NOMINAL_BATCH = 8  # an unknown batch counts as this many
 
 
@@ -161,22 +162,25 @@ class _Pieces:
         self.k_start = min((x.k_start for x in parts), default=0)
         ends = [x.k_start + (x.count - 1) * x.queries + x.keys for x in parts]
         k_rows = max(ends, default=self.m) - self.k_start
-        self.query = crop(query, 0, self.q_rows)
-        self.key, self.value = crop(key, self.k_start, k_rows), crop(value, self.k_start, k_rows)
+        self.query = self._by_heads(crop(query, 0, self.q_rows))
+        self.key, self.value = (self._by_heads(crop(x, self.k_start, k_rows)) for x in (key, value))
         self.tables, self.kept = {}, {}
 
     # ---- The two passes ----
 
     def forward(self):
+        self.latest = [[]] * AT_ONCE
         outs = [self._each(index, self._forward)[0] for index in range(len(self.runs))]
         return self._join(outs)
 
     def backward(self, packed, d_packed):
+        self.latest = [[]] * AT_ONCE
         out, _ = _unpack(packed, self.return_lse)
         d_out, d_lse = _unpack(d_packed, self.return_lse)
-        self.d_out = crop(ops.cast(d_out, self.dtype), 0, self.q_rows)
+        self.d_out = self._by_heads(crop(ops.cast(d_out, self.dtype), 0, self.q_rows))
         delta = ops.sum(ops.cast(out * d_out, wide(self.dtype)), axis=-1, keepdims=True)
-        self.delta = crop(delta if d_lse is None else delta - d_lse, 0, self.q_rows)
+        delta = delta if d_lse is None else delta - d_lse
+        self.delta = self._by_heads(crop(delta, 0, self.q_rows))
         self.d_bias = [[] for _ in self.bias]
         found = [self._each(index, self._backward) for index in range(len(self.runs))]
         d_query, d_key, d_value = zip(*found, strict=True)
@@ -222,10 +226,13 @@ class _Pieces:
         if not self.streamed:
             chunks = []
             for chunk in range(run.count):
-                numbers = range(before + chunk * groups, before + (chunk + 1) * groups)
-                pieces = (_Piece(run, index, None, chunk, x - numbers[0], x) for x in numbers)
-                found = zip(*map(body, pieces), strict=True)
-                chunks.append([_join(tensors, axis=2) for tensors in found])
+                found = []
+                for group in range(groups):
+                    number = before + chunk * groups + group
+                    with after(self.latest[-AT_ONCE]):
+                        found.append(body(_Piece(run, index, None, chunk, group, number)))
+                    self.latest.append(found[-1])
+                chunks.append([_join(tensors, axis=2) for tensors in zip(*found, strict=True)])
             return [ops.stack(tensors, axis=1) for tensors in zip(*chunks, strict=True)]
 
         @unconverted
@@ -266,14 +273,24 @@ class _Pieces:
     def _rows(self, piece, tile):
         return piece.run.layout.join([tile], piece.run.queries or self.n)
 
+    @property
+    def _is_whole(self):
+        return self.groups == 1 and not self.streamed
+
+    def _by_heads(self, x):
+        """Heads first: to slice the first axis is no copy."""
+        return x if self._is_whole else rearrange(x, "b n h d -> h b n d")
+
     def _slice(self, x, piece, start, rows):
         """The heads of a piece, in `rows` from `start` on, or in all rows."""
-        batch, length, heads, dim = ops.shape(x)
-        begin = [piece.row, start, piece.group * self.heads]
-        size = [batch if piece.row is None else 1, length if rows is None else rows, self.heads]
-        if piece.row is None and rows is None and self.heads == heads:
-            return x
-        return ops.slice(x, [0 if at is None else at for at in begin] + [0], [*size, dim])
+        if self._is_whole:
+            return x if rows is None else _take(x, start, rows, axis=1)
+        x = _take(x, piece.group * self.heads, self.heads, axis=0)
+        if piece.row is not None:
+            x = _take(x, piece.row, 1, axis=1)
+        if rows is not None:
+            x = _take(x, start, rows, axis=2)
+        return rearrange(x, "h b n d -> b n h d")
 
     def _tables(self, piece):
         """What is added to the scores of a piece: its bias, and its masks as one table."""

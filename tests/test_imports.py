@@ -20,7 +20,7 @@ ALLOWED = {
     "plan": {"functools", "itertools", "math", "dataclasses", "numpy", "checks", "layouts"}
     | {"patterns"},
     "attend": {"checks", "functools", "einops", "keras", "masking"},
-    "tracing": {"keras"},
+    "tracing": {"contextlib", "keras"},
     "stream": {"itertools", "dataclasses", "keras", "einops", "attend", "layouts", "masking"}
     | {"tracing"},
     "functional": {"functools", "itertools", "operator", "keras", "numpy", "einops", "attend"}

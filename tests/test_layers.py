@@ -517,3 +517,22 @@ def test_lengths_that_a_pattern_cannot_relate_are_refused_when_built():
     with pytest.raises(ValueError, match=r"Table must have lengths of 9\. Received: n=8, m=8"):
         SelfAttention(2, 4, Table())(keras.Input((8, 6)))
     SelfAttention(2, 4, Table()).build((None, 9, 6))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="counts operations in a TensorFlow graph")
+def test_a_layer_streams_beyond_its_max_score_bytes():
+    import tensorflow as tf
+
+    def loops(layer):
+        function = tf.function(lambda x: layer(x))
+        graph = function.get_concrete_function(tf.TensorSpec((None, 64, 8), "float32")).graph
+        return [op for op in graph.get_operations() if "While" in op.type]
+
+    # An unknown batch counts as 8: 8 rows, 2 heads, 64 * 64 scores of 4 bytes.
+    assert not loops(SelfAttention(2, 4, max_score_bytes=8 * 2 * 64 * 64 * 4))
+    layer = SelfAttention(2, 4, max_score_bytes=8 * 2 * 64 * 64 * 4 - 1)
+    assert loops(layer)
+    again = SelfAttention.from_config(layer.get_config())
+    assert again.max_score_bytes == layer.max_score_bytes
+    with pytest.raises(ValueError, match="`max_score_bytes` must be"):
+        SelfAttention(2, 4, max_score_bytes=-1)

@@ -11,6 +11,7 @@ from sparse_attn.checks import check_bool, check_int, check_rate, received
 from sparse_attn.functional import attention_weights, sparse_attention
 from sparse_attn.masking import check_mask, zero_masked
 from sparse_attn.patterns import Causal, Full, check_pattern
+from sparse_attn.stream import MAX_SCORE_BYTES
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
@@ -38,6 +39,8 @@ class MultiHeadAttention(keras.layers.Layer):
         kernel_regularizer, bias_regularizer, activity_regularizer: likewise.
         kernel_constraint, bias_constraint: likewise.
         seed: an int, for dropout.
+        max_score_bytes: an int: scores beyond it are not kept for the backward
+            pass but worked out again, as in `sparse_attention`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Call arguments:
@@ -92,6 +95,7 @@ class MultiHeadAttention(keras.layers.Layer):
         kernel_constraint=None,
         bias_constraint=None,
         seed=None,
+        max_score_bytes=MAX_SCORE_BYTES,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -114,6 +118,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.kernel_constraint = constraints.get(kernel_constraint)
         self.bias_constraint = constraints.get(bias_constraint)
         self.seed = None if seed is None else check_int("seed", seed)
+        self.max_score_bytes = check_int("max_score_bytes", max_score_bytes, minimum=0)
         if self.dropout:
             self.seed_generator = keras.random.SeedGenerator(self.seed)
 
@@ -158,9 +163,10 @@ class MultiHeadAttention(keras.layers.Layer):
         q = self._project(self.query_dense, query, masks["query_mask"])
         k = self._project(self.key_dense, key, masks["key_mask"])
         v = self._project(self.value_dense, value, masks["key_mask"])
-        dropout = self.dropout if self.dropout and training else 0.0
-        seed = self.seed_generator if dropout else None
-        out = sparse_attention(q, k, v, pattern, dropout=dropout, seed=seed, **masks)
+        options = {"max_score_bytes": self.max_score_bytes}
+        if self.dropout and training:
+            options |= {"dropout": self.dropout, "seed": self.seed_generator}
+        out = sparse_attention(q, k, v, pattern, **masks, **options)
         out = self.output_dense(rearrange(out, "b n h e -> b n (h e)"))
         features = self._output_features(query.shape)
         if len(features) > 1:
@@ -271,6 +277,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "kernel_constraint": constraints.serialize(self.kernel_constraint),
             "bias_constraint": constraints.serialize(self.bias_constraint),
             "seed": self.seed,
+            "max_score_bytes": self.max_score_bytes,
         }
 
 
