@@ -6,7 +6,7 @@ from einops import einsum
 from keras import ops
 
 from sparse_attn.checks import check_tensor, received
-from sparse_attn.masking import LOWEST, MASKED, softmax, wide, zero_masked
+from sparse_attn.masking import MASKED, at_least_lowest, larger, softmax, wide, zero_masked
 
 
 def weigh(query, key, tables, dtype):
@@ -96,7 +96,7 @@ def merge_attention(parts):
         check_tensor(f"parts[{number}][0]", out, "float", shape)
         shape = tuple(out.shape)
         check_tensor(f"parts[{number}][1]", lse, "float", shape[:3])
-        lse = ops.maximum(ops.cast(lse, wide(lse.dtype)), LOWEST)
+        lse = at_least_lowest(ops.cast(lse, wide(lse.dtype)))
         checked.append((zero_masked(out, lse > MASKED), lse))
     out, lse = merge(checked)
     return out, public_lse(lse)
@@ -106,7 +106,7 @@ def merge(parts):
     """`merge_attention` where every `lse` is finite, as inside of the package."""
     if len(parts) == 1:
         return parts[0]
-    highest = ops.stop_gradient(functools.reduce(ops.maximum, [lse for _, lse in parts]))
+    highest = ops.stop_gradient(functools.reduce(larger, [lse for _, lse in parts]))
     weights = [ops.exp(lse - highest) for _, lse in parts]
     total = sum(weights[1:], weights[0])
     out = sum(

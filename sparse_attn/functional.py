@@ -21,6 +21,7 @@ from sparse_attn.checks import (
 from sparse_attn.masking import (
     LOWEST,
     MASKED,
+    at_least_lowest,
     check_mask,
     masked_softmax,
     wide,
@@ -210,7 +211,7 @@ class _Tiles:
         if bias is not None:
             tiles = self._at_pairs(bias)
             self._restrict([x > MASKED for x in tiles])
-            self.bias = [ops.maximum(x, LOWEST) for x in tiles]
+            self.bias = [at_least_lowest(x) for x in tiles]
 
     def _pattern_masks(self):
         pattern, runs = self.part.pattern, self.layout.runs()

@@ -72,6 +72,16 @@ def additive_mask(mask, dtype):
     return ops.where(mask, ops.zeros((), dtype), ops.full((), LOWEST, dtype))
 
 
+def larger(x, y):
+    """The larger of two tensors at each place; Keras' `maximum` narrows float64 on PyTorch."""
+    return ops.where(x > y, x, y)
+
+
+def at_least_lowest(x):
+    """`x`, but no less than `LOWEST`: finite where it was `-inf`."""
+    return larger(x, ops.full((), LOWEST, x.dtype))
+
+
 def masked_softmax(scores, mask=None, axis=-1):
     """Softmax over the allowed entries.
 

@@ -342,7 +342,7 @@ class _Seed(keras.random.SeedGenerator):
         self.seed = seed
 
     def next(self, ordered=True):
-        return self.seed
+        return ops.cast(self.seed, "uint32") if keras.backend.backend() == "jax" else self.seed
 
 
 def _take(x, start, size, axis):

@@ -4,9 +4,20 @@ import keras
 import numpy as np
 import pytest
 
-from sparse_attn import Atrous, Blocks, Causal, Full, Local, Prefix, Strided, sparse_attention
+from sparse_attn import (
+    Atrous,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Local,
+    Prefix,
+    Strided,
+    sparse_attention,
+    stream,
+)
 from sparse_attn.reference import dense_attention
-from tests.cases import EXPRESSIONS
+from tests.cases import EXPRESSIONS, Diagonals
 from tests.compare import FLOAT, close, random_inputs, random_masks, to_numpy
 
 tf = pytest.importorskip("tensorflow")
@@ -17,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 PATTERNS = [Full(), Causal(), Local(3), Atrous(4), Strided(3), Blocks(4), Prefix(3), *EXPRESSIONS]
 
 
-def with_gradients(pattern, lse=True, **options):
+def with_gradients(pattern, **options):
     """A function of tensors: output, lse and gradients of a fixed weighted sum."""
 
     def function(q, k, v, key_mask, out_grad):
@@ -62,6 +73,53 @@ def test_compiled_equals_oracle(pattern, known, xla):
             ["out", "lse", *gradients], found, [out, lse, *gradients.values()], strict=True
         ):
             close(x, y, f"{name} of {pattern!r} at n = {n}")
+
+
+@pytest.mark.parametrize("xla", [False, True], ids=["plain", "xla"])
+@pytest.mark.parametrize("max_score_bytes", [2**30, 0], ids=["kept", "streamed"])
+@pytest.mark.parametrize(
+    "pattern",
+    [Full(), Causal() & Local(5), Dilated(2, 3), Strided(4), Local(4) & Diagonals()],
+    ids=repr,
+)
+def test_pieces_compiled_equal_oracle(pattern, max_score_bytes, xla, monkeypatch):
+    monkeypatch.setattr(stream, "PIECE_BYTES", 20_000 if max_score_bytes else 2000)
+    n = 37
+    specs = [tf.TensorSpec((None, n, 2, size), FLOAT) for size in (4, 4, 3)]
+    specs += [tf.TensorSpec((None, n), "bool"), tf.TensorSpec((None, n, 2, 3), FLOAT)]
+    function = with_gradients(pattern, max_score_bytes=max_score_bytes)
+    function = tf.function(function, input_signature=specs, jit_compile=xla)
+    for b in (1, 3):
+        q, k, v = random_inputs(n, n, b=b)
+        key_mask = random_masks(n, n, b=b)["key_mask"]
+        out_grad = np.random.default_rng(1).normal(size=(b, n, 2, 3)).astype(FLOAT)
+        found = [to_numpy(x) for x in function(q, k, v, key_mask, out_grad)]
+        _, lse = dense_attention(q, k, v, pattern, key_mask=key_mask)
+        out, lse, gradients = dense_attention(
+            q, k, v, pattern, key_mask=key_mask, out_grad=out_grad,
+            lse_grad=np.isfinite(lse).astype(float),
+        )  # fmt: skip
+        for name, x, y in zip(
+            ["out", "lse", *gradients], found, [out, lse, *gradients.values()], strict=True
+        ):
+            close(x, y, f"{name} of {pattern!r} with a batch of {b}")
+
+
+def test_dropout_streamed_and_compiled_is_the_same_backwards(monkeypatch):
+    # The output is linear in the values: its gradient by them gives it back.
+    monkeypatch.setattr(stream, "PIECE_BYTES", 4000)
+    q, k, v = random_inputs(37, 37)
+
+    @tf.function
+    def function(q, k, v):
+        with tf.GradientTape() as tape:
+            tape.watch(v)
+            out = sparse_attention(q, k, v, Strided(4), dropout=0.5, seed=2, max_score_bytes=0)
+            total = tf.reduce_sum(out)
+        return total, tape.gradient(total, v)
+
+    total, gradient = function(q, k, v)
+    np.testing.assert_allclose((to_numpy(gradient) * v).sum(), total, rtol=1e-5)
 
 
 def test_positions_of_a_decoder_may_be_a_tensor():
@@ -150,12 +208,14 @@ def largest_tensor(graph):
     return max(sizes)
 
 
+@pytest.mark.parametrize("max_score_bytes", [2**30, 0], ids=["kept", "streamed"])
 @pytest.mark.parametrize("pattern", SPARSE, ids=repr)
-def test_no_tensor_of_the_graph_grows_faster_than_the_length(pattern):
+def test_no_tensor_of_the_graph_grows_faster_than_the_length(pattern, max_score_bytes):
     def trace(n):
         specs = [tf.TensorSpec((1, n, 2, 8), "float32")] * 3
         specs += [tf.TensorSpec((1, n), "bool"), tf.TensorSpec((1, n, 2, 8), "float32")]
-        return tf.function(with_gradients(pattern)).get_concrete_function(*specs).graph
+        function = with_gradients(pattern, max_score_bytes=max_score_bytes)
+        return tf.function(function).get_concrete_function(*specs).graph
 
     short, long = largest_tensor(trace(2048)), largest_tensor(trace(16384))
     assert long <= 8.5 * short

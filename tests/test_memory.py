@@ -49,3 +49,8 @@ def test_a_training_step_is_linear_in_the_length_and_takes_less_than_3_gb_at_163
     base, half, whole = (peak_gigabytes(n) for n in (16, 8192, 16384))
     assert whole < 3
     assert whole - base < 3 * (half - base)  # 2 times if linear, 4 times if quadratic
+
+
+@pytest.mark.timeout(600)
+def test_a_training_step_at_65536_takes_less_than_5_gb():
+    assert peak_gigabytes(65536) < 5
