@@ -229,10 +229,8 @@ def has_surplus(part, layout):
         A list of bools. What only padding brings is not looked at.
     """
     runs, pattern = layout.runs(), part.pattern
-    if pattern != part.bound and not isinstance(pattern, Band):
-        return [True] * len(runs)
     if not isinstance(pattern, Band):  # blocks and columns are laid out as they are
-        return [False] * len(runs)
+        return [pattern != part.bound] * len(runs)
     if not all(isinstance(x, int) for x in (layout.rate, *itertools.chain(*layout.distances))):
         return [True] * len(runs)
     return [

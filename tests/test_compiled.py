@@ -44,13 +44,29 @@ def with_gradients(pattern, **options):
     return function
 
 
-def compiled(pattern, length, xla):
+def compiled(pattern, length, xla, **options):
     specs = [tf.TensorSpec((None, length, 2, size), FLOAT) for size in (4, 4, 3)]
     specs += [
         tf.TensorSpec((None, length), "bool"),
         tf.TensorSpec((None, length, 2, 3), FLOAT),
     ]
-    return tf.function(with_gradients(pattern), input_signature=specs, jit_compile=xla)
+    return tf.function(with_gradients(pattern, **options), input_signature=specs, jit_compile=xla)
+
+
+def check(function, pattern, n, b=2):
+    q, k, v = random_inputs(n, n, b=b)
+    key_mask = random_masks(n, n, b=b)["key_mask"]
+    out_grad = np.random.default_rng(1).normal(size=(b, n, 2, 3)).astype(FLOAT)
+    found = [to_numpy(x) for x in function(q, k, v, key_mask, out_grad)]
+    _, lse = dense_attention(q, k, v, pattern, key_mask=key_mask)
+    out, lse, gradients = dense_attention(
+        q, k, v, pattern, key_mask=key_mask, out_grad=out_grad,
+        lse_grad=np.isfinite(lse).astype(float),
+    )  # fmt: skip
+    for name, x, y in zip(
+        ["out", "lse", *gradients], found, [out, lse, *gradients.values()], strict=True
+    ):
+        close(x, y, f"{name} of {pattern!r} at n = {n} with a batch of {b}")
 
 
 @pytest.mark.parametrize("xla", [False, True], ids=["plain", "xla"])
@@ -60,19 +76,7 @@ def test_compiled_equals_oracle(pattern, known, xla):
     sizes = [13] if known else [13, 70]  # no block divides these
     function = compiled(pattern, sizes[0] if known else None, xla)
     for n in sizes:
-        q, k, v = random_inputs(n, n)
-        key_mask = random_masks(n, n)["key_mask"]
-        out_grad = np.random.default_rng(1).normal(size=(2, n, 2, 3)).astype(FLOAT)
-        found = [to_numpy(x) for x in function(q, k, v, key_mask, out_grad)]
-        _, lse = dense_attention(q, k, v, pattern, key_mask=key_mask)
-        out, lse, gradients = dense_attention(
-            q, k, v, pattern, key_mask=key_mask, out_grad=out_grad,
-            lse_grad=np.isfinite(lse).astype(float),
-        )  # fmt: skip
-        for name, x, y in zip(
-            ["out", "lse", *gradients], found, [out, lse, *gradients.values()], strict=True
-        ):
-            close(x, y, f"{name} of {pattern!r} at n = {n}")
+        check(function, pattern, n)
 
 
 @pytest.mark.parametrize("xla", [False, True], ids=["plain", "xla"])
@@ -84,25 +88,9 @@ def test_compiled_equals_oracle(pattern, known, xla):
 )
 def test_pieces_compiled_equal_oracle(pattern, max_score_bytes, xla, monkeypatch):
     monkeypatch.setattr(stream, "PIECE_BYTES", 20_000 if max_score_bytes else 2000)
-    n = 37
-    specs = [tf.TensorSpec((None, n, 2, size), FLOAT) for size in (4, 4, 3)]
-    specs += [tf.TensorSpec((None, n), "bool"), tf.TensorSpec((None, n, 2, 3), FLOAT)]
-    function = with_gradients(pattern, max_score_bytes=max_score_bytes)
-    function = tf.function(function, input_signature=specs, jit_compile=xla)
+    function = compiled(pattern, 37, xla, max_score_bytes=max_score_bytes)
     for b in (1, 3):
-        q, k, v = random_inputs(n, n, b=b)
-        key_mask = random_masks(n, n, b=b)["key_mask"]
-        out_grad = np.random.default_rng(1).normal(size=(b, n, 2, 3)).astype(FLOAT)
-        found = [to_numpy(x) for x in function(q, k, v, key_mask, out_grad)]
-        _, lse = dense_attention(q, k, v, pattern, key_mask=key_mask)
-        out, lse, gradients = dense_attention(
-            q, k, v, pattern, key_mask=key_mask, out_grad=out_grad,
-            lse_grad=np.isfinite(lse).astype(float),
-        )  # fmt: skip
-        for name, x, y in zip(
-            ["out", "lse", *gradients], found, [out, lse, *gradients.values()], strict=True
-        ):
-            close(x, y, f"{name} of {pattern!r} with a batch of {b}")
+        check(function, pattern, 37, b)
 
 
 def test_dropout_streamed_and_compiled_is_the_same_backwards(monkeypatch):
