@@ -3,6 +3,7 @@
 Its library is imported in its own process only.
 """
 
+import functools
 from dataclasses import dataclass
 
 from benchmarks.inputs import DIM, FEATURES, HEADS, weights
@@ -54,6 +55,30 @@ def _sparse_attn(job):
 
     pattern = _pattern(job)
     return lambda q, k, v: sparse_attention(q, k, v, pattern)
+
+
+@contender(
+    "tiles half as wide", "tensorflow", "sparse_attn TensorFlow, were tiles chosen half as wide"
+)
+def _half_as_wide(job):
+    _scale_tiles(0.5)
+    return _sparse_attn(job)
+
+
+@contender(
+    "tiles twice as wide", "tensorflow", "sparse_attn TensorFlow, were tiles chosen twice as wide"
+)
+def _twice_as_wide(job):
+    _scale_tiles(2)
+    return _sparse_attn(job)
+
+
+@functools.cache  # once in a process
+def _scale_tiles(factor):
+    from sparse_attn import layouts
+
+    layouts.WIDTH_FACTOR *= factor**2
+    layouts.MAX_GROUPS = int(layouts.MAX_GROUPS / factor)
 
 
 @contender("Keras dense", "tensorflow", "`keras.ops.dot_product_attention` without a mask")

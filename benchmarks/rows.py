@@ -14,6 +14,8 @@ FLEX, LUCID = "PyTorch FlexAttention", "local-attention"
 TF_LAYER, TORCH_LAYER = "LocalSelfAttention TensorFlow", "LocalSelfAttention PyTorch"
 SDPA, SDPA_CUDNN = ("PyTorch SDPA", FULL), ("PyTorch SDPA cuDNN", FULL)
 DENSE = ("Keras dense", FULL)
+NARROW, WIDE = "tiles half as wide", "tiles twice as wide"
+TILES = ["Local(16)", "Local(64)", LOCAL, "Local(1024)", "Causal()"]
 # The lengths of a curve, and where each ends: at what fits in memory and patience.
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 CURVES = {
@@ -115,7 +117,7 @@ def cpu_rows(shrink=1):
     add(f"training, {LOCAL}", 4096, "training", contenders, bars)
     contenders = [TF_LAYER, "Keras MultiHeadAttention"]
     bars = [Bar("speed", 8, 0, 1), Bar("peak memory", 1 / 6, 0, 1)]
-    add(f"layer, training, {LOCAL}", 8192, "training", contenders, bars, rounds=5)
+    add(f"layer, training, {LOCAL}", 8192, "training", contenders, bars, rounds=11)
     for pattern, limit in (("Atrous(64)", 15), ("Causal() & Strided(64)", 5)):
         contenders = [(TF, pattern), DENSE]
         add(f"forward, {pattern}", 4096, "forward", contenders, [Bar("speed", limit, 0, 1)])
@@ -131,6 +133,10 @@ def cpu_rows(shrink=1):
         contenders = [*[(TF, pattern) for pattern in SHORT], DENSE]
         bars = [Bar("time", 1.3, i, len(SHORT)) for i in range(len(SHORT))]
         add(f"short, {task}", 128, task, contenders, bars)
+        for pattern in TILES:
+            contenders = [(name, pattern) for name in (TF, NARROW, WIDE)]
+            bars = [Bar("time", 1.1, 0, 1), Bar("time", 1.1, 0, 2)]
+            add(f"tiles, {task}, {pattern}", 4096, task, contenders, bars, rounds=9)
         contenders = [TORCH_LAYER, TF_LAYER, "Longformer PyTorch"]
         bars = [Bar("speed", None, 0, 2), Bar("speed", None, 1, 2)]
         add(f"Longformer, {task}, {LOCAL}", 4096, task, contenders, bars)

@@ -34,6 +34,9 @@ import numpy as np
 from einops import rearrange
 from keras import ops
 
+# Sizes of tiles. The row "tiles" of the benchmark compares them with their halves and doubles.
+WIDTH_FACTOR = 64  # the width of a tile is the root of this many times its band's
+MAX_GROUPS = 8  # groups of queries whose keys begin or end at one place
 MAX_STEPS = 64  # about as many, at most, make up the stairs of a pattern
 NOMINAL_LENGTH = 2**20  # where lengths are unknown, layouts are compared at this one
 
@@ -486,7 +489,7 @@ def column_layout(count, n=None, m=None):
 def _halo(left, right, rate, n):
     """Tiles wide enough for the matrix product, narrow enough to score few pairs in vain."""
     span = left + right + 1
-    width = 2 ** int(math.log2(math.sqrt(64 * span)))
+    width = 2 ** int(math.log2(math.sqrt(WIDTH_FACTOR * span)))
     width = max(16, min(width, 512), span // 16)
     if n is not None:
         rows = _blocks(n, rate)
@@ -495,12 +498,12 @@ def _halo(left, right, rate, n):
 
 
 def _stairs(left, right, rate, n, m):
-    """Up to 8 groups of queries, so that of a triangle little more than its half is scored."""
+    """A few groups of queries, so that of a triangle little more than its half is scored."""
     if n is None or m is None:
         return Stairs(rate, ((0, None, 0, None),), n, m)
     queries, keys = _blocks(n, rate), _blocks(m, rate)
     bounded = left is not None or right is not None
-    groups = min(8, max(1, queries // 128)) if bounded else 1
+    groups = min(MAX_GROUPS, max(1, queries // 128)) if bounded else 1
     edges = np.linspace(0, queries, groups + 1).astype(int).tolist()
     steps = []
     for q0, q1 in itertools.pairwise(edges):

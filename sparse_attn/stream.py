@@ -191,9 +191,7 @@ class _Pieces:
 
     def _forward(self, piece):
         query, key, value = self._tiles(piece)
-        scores, weights = weigh(query, key, self._tables(piece), self.score_dtype)
-        lse = log_sum_exp(scores, weights)[..., None] if self.return_lse else None
-        weights, drop = ops.cast(weights, self.dtype), self._drop(piece, ops.shape(weights))
+        weights, drop, lse = self._weigh(piece, query, key, self.return_lse)
         if not self.streamed:
             self.kept[piece.number] = weights, drop
         tile = _pack(average(drop(weights), value), lse)
@@ -202,8 +200,7 @@ class _Pieces:
     def _backward(self, piece):
         query, key, value = self._tiles(piece)
         if self.streamed:
-            _, weights = weigh(query, key, self._tables(piece), self.score_dtype)
-            weights, drop = ops.cast(weights, self.dtype), self._drop(piece, ops.shape(weights))
+            weights, drop, _ = self._weigh(piece, query, key)
         else:
             weights, drop = self.kept[piece.number]
         d_out, delta = (self._queries(piece, x) for x in (self.d_out, self.delta))
@@ -216,6 +213,13 @@ class _Pieces:
         layout, n, m = piece.run.layout, piece.run.queries or self.n, piece.run.keys or self.m
         d_keys = (layout.sum_keys([x], n, m) for x in (d_key, d_value))
         return self._rows(piece, d_query), *d_keys
+
+    def _weigh(self, piece, query, key, return_lse=False):
+        """The weights of a piece, what dropout does to them, and their log-sum-exp if wanted."""
+        scores, weights = weigh(query, key, self._tables(piece), self.score_dtype)
+        lse = log_sum_exp(scores, weights)[..., None] if return_lse else None
+        weights = ops.cast(weights, self.dtype)
+        return weights, self._drop(piece, ops.shape(weights)), lse
 
     # ---- From tensors to pieces ----
 
@@ -298,15 +302,17 @@ class _Pieces:
         bias = [self._at(piece, self.bias[piece.run_index])] if self.bias else []
         if not terms:
             return bias
+        if self.streamed:  # where it lies, only the loop knows
+            return [*bias, self._table(piece, terms)]
         shared = all(term.shape[1] == 1 for term in terms)  # by all heads
         place = piece.run_index, piece.chunk, None if shared else piece.group
-        if self.streamed or place not in self.tables:
-            tables = [additive_mask(self._at(piece, x), self.score_dtype) for x in terms]
-            table = sum(tables[1:], tables[0])
-            if self.streamed:
-                return [*bias, table]
-            self.tables[place] = table
+        if place not in self.tables:
+            self.tables[place] = self._table(piece, terms)
         return [*bias, self.tables[place]]
+
+    def _table(self, piece, terms):
+        tables = [additive_mask(self._at(piece, x), self.score_dtype) for x in terms]
+        return sum(tables[1:], tables[0])
 
     def _at(self, piece, x):
         """The piece's share of tiles `(b|1, h|1, t|1, i, j)` that lie at all pieces."""

@@ -21,6 +21,7 @@ from sparse_attn.stream import PIECE_BYTES, schedule, score_bytes
 from tests.cases import Diagonals
 from tests.compare import (
     BACKEND,
+    FLOAT,
     assert_equals_oracle,
     outputs_and_gradients,
     random_inputs,
@@ -111,16 +112,10 @@ def test_gradients_under_dropout_are_those_of_the_output(pattern, mode):
     for i, gradient in enumerate(gradients):
         step = rng.normal(size=inputs[i].shape)
         ahead, behind = (
-            output(*(x + sign * eps * step if i == j else x for j, x in enumerate(inputs)))
-            if BACKEND != "jax"
-            else output(
-                *(
-                    (x + sign * eps * step).astype("float32") if i == j else x
-                    for j, x in enumerate(inputs)
-                )
-            )
+            output(*[(x + sign * eps * step).astype(FLOAT) if i == j else x
+                     for j, x in enumerate(inputs)])
             for sign in (1, -1)
-        )
+        )  # fmt: skip
         slope = ((ahead - behind) / (2 * eps) * cotangent).sum()
         expected = (gradient * step).sum()
         assert abs(slope - expected) < tolerance * max(1, abs(expected))
