@@ -15,6 +15,7 @@ from benchmarks.turns import ROOT, measure
 
 
 def main(arguments=None):
+    """Measure; the program's exit status: 1 if a contender has failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose names start so")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
@@ -28,7 +29,8 @@ def main(arguments=None):
     if options.report:
         results = json.loads(options.report.read_text(encoding="utf-8"))
         path = options.out / options.report.name if options.out else options.report
-        return _finish(results, path)
+        _finish(results, path)
+        return 0
     if not sys.platform.startswith("linux"):
         parser.error(f"peaks of memory are read from Linux' /proc. Received: {sys.platform}")
     if options.rounds < 1:
@@ -41,7 +43,7 @@ def main(arguments=None):
         parser.error(f"argument --only: no row is called so; see --list. Received: {options.only}")
     if options.list:
         print(*[row.name for row in rows], sep="\n")
-        return None
+        return 0
     gpu = _gpu_name(parser) if options.device == "gpu" else None
     path = (options.out or ROOT / "docs") / f"benchmarks{'-gpu' if gpu else ''}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
@@ -49,12 +51,14 @@ def main(arguments=None):
     results["command"] = f"python -m benchmarks{' --device gpu' if gpu else ''}"
     if options.quick:
         results["title"] += ": a smoke test at short lengths, which says nothing about speed"
-    most = min(options.rounds, 3) if options.quick else options.rounds
+    most, failed = min(options.rounds, 3) if options.quick else options.rounds, False
     for name, stored in _measured(rows, most, gpu):
+        failed |= any("failed" in m for m in stored["measurements"])
         found = {**results["rows"], name: stored}
         results["rows"] = {row.name: found[row.name] for row in known if row.name in found}
         report.write_whole(path, json.dumps(results, indent=1) + "\n")  # it may be interrupted
-    return _finish(results, path)
+    _finish(results, path)
+    return int(failed)
 
 
 def _measured(rows, rounds, gpu):
@@ -93,10 +97,10 @@ def _gpu_name(parser):
     ask = "import torch; print(torch.cuda.get_device_name())"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1]
+        reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         parser.error(f"argument --device: there is no GPU that PyTorch can use: {reason}")
     return done.stdout.strip()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -57,8 +57,9 @@ class Bar:
         """The quantity, a float, or `None` if a measurement that it needs has failed."""
         if self.quantity.startswith("exponent"):
             key = {"exponent of time": "seconds", "exponent of memory": "above"}[self.quantity]
-            done = [m for m in measurements if "failed" not in m]
-            return exponent([m["job"]["n"] for m in done], [m[key] for m in done])
+            if any("failed" in m for m in measurements):
+                return None
+            return exponent([m["job"]["n"] for m in measurements], [m[key] for m in measurements])
         of = measurements[self.of]
         against = of if self.against is None else measurements[self.against]
         if "failed" in of or "failed" in against:

@@ -29,7 +29,14 @@ from sparse_attn.masking import (
 )
 from sparse_attn.patterns import Band, check_pattern
 from sparse_attn.plan import Part, has_surplus, is_stationary, layout, plan, plan_at
-from sparse_attn.stream import MAX_SCORE_BYTES, Schedule, attend_tiles, schedule, score_bytes
+from sparse_attn.stream import (
+    MAX_SCORE_BYTES,
+    Mask,
+    Schedule,
+    attend_tiles,
+    schedule,
+    score_bytes,
+)
 from sparse_attn.tracing import unconverted
 
 
@@ -140,9 +147,8 @@ def sparse_attention(
     for part, schedule_, seed_ in zip(parts, schedules, seeds, strict=True):
         tiles = _Tiles(part, schedule_.layout, n, m, q_pos, key_mask, attention_mask, bias)
         options = {"dropout": dropout, "seeds": seed_, "return_lse": need_lse}
+        options["zero_unanswered"] = not (need_lse or tiles.answer_all)
         out, lse = attend_tiles(schedule_, query, key, value, tiles.masks, tiles.bias, **options)
-        if not (need_lse or tiles.answer_all):
-            out = ops.where(tiles.any_key(), out, ops.zeros((), out.dtype))
         found.append((out, None if lse is None else rearrange(lse, "b n h 1 -> b n h")))
     if not found:  # the pattern allows nothing at these lengths
         shape = ops.shape(query)[:3]
@@ -187,8 +193,8 @@ class _Tiles:
     """What is masked in the tiles of a part, and what is added to their scores.
 
     Attributes:
-        masks: for each run of the layout, a list of bool tiles that broadcast
-            to `(b, h, t, i, j)`: a pair is allowed if all of them say so.
+        masks: for each run of the layout, a list of `Mask`: a pair is allowed
+            if all of them say so.
         bias: for each run, float tiles; empty if there is no bias.
     """
 
@@ -224,12 +230,17 @@ class _Tiles:
         if is_stationary(pattern):  # one tile speaks for all
             positions = self.layout.sample(self.q_pos, self.k_pos)
         if positions is None:
-            positions = self._positions()
+            positions = self._positions
+
+        def evaluate(q_pos, k_pos):
+            return _evaluate(pattern, q_pos[0, 0], k_pos[0, 0])[None, None]
+
         return [
-            [_evaluate(pattern, *pair)[None, None]] if needed else []
+            [Mask(evaluate, tuple(x[None, None] for x in pair))] if needed else []
             for needed, pair in zip(surplus, positions, strict=True)
         ]
 
+    @functools.cached_property
     def _positions(self):
         """`(t, i, 1)` and `(t, 1, j)`: positions are cut as the vectors they belong to are."""
         queries = self.layout.split_queries(_as_rows(self.q_pos))
@@ -240,6 +251,7 @@ class _Tiles:
         ]
 
     def _restrict(self, masks):
+        masks = [Mask(_as_it_is, (mask,)) for mask in masks]
         self.masks = [[*terms, mask] for terms, mask in zip(self.masks, masks, strict=True)]
 
     def _at_pairs(self, x):
@@ -247,7 +259,7 @@ class _Tiles:
         rows = self.layout.split_queries(rearrange(x, "b h n m -> b n h m"))
         return [
             ops.take_along_axis(tile, k_pos[None, None], axis=-1)
-            for tile, (_, k_pos) in zip(rows, self._positions(), strict=True)
+            for tile, (_, k_pos) in zip(rows, self._positions, strict=True)
         ]
 
     @property
@@ -258,16 +270,9 @@ class _Tiles:
             return False
         return is_stationary(self.part.pattern) and bool(self.part.pattern(0, 0))
 
-    def any_key(self):
-        """`(b|1, n, h|1, 1)`: whether a query has a key."""
-        tiles = []
-        for like, terms in zip(
-            self.layout.split_queries(_as_rows(self.q_pos)), self.masks, strict=True
-        ):
-            _, _, t, i, _ = ops.shape(like)
-            mask = functools.reduce(operator.and_, terms, ops.ones((1, 1, t, i, 1), "bool"))
-            tiles.append(ops.any(mask, axis=-1, keepdims=True))
-        return self.layout.join(tiles, self.n)
+
+def _as_it_is(mask):
+    return mask
 
 
 def _as_rows(positions):
@@ -316,7 +321,8 @@ def attention_weights(
     )
     (q,), (k,) = dense.split_queries(query), dense.split_keys(key, n)
     scores = einsum(q, k, "b h t i d, b h t j d -> b h t i j")
-    mask = functools.reduce(operator.and_, tiles.masks[0]) if tiles.masks[0] else None
+    terms = [mask.function(*mask.tensors) for mask in tiles.masks[0]]
+    mask = functools.reduce(operator.and_, terms) if terms else None
     weights = rearrange(masked_softmax(scores, mask), "b h 1 i j -> b i h j")
     return rearrange(zero_masked(weights, query_mask), "b i h j -> b h i j")
 

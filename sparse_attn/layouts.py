@@ -29,6 +29,7 @@ Lengths may be unknown (`None`): then all sizes follow from the tensors.
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -37,7 +38,6 @@ from keras import ops
 # Sizes of tiles. The row "tiles" of the benchmark compares them with their halves and doubles.
 WIDTH_FACTOR = 64  # the width of a tile is the root of this many times its band's
 MAX_GROUPS = 8  # groups of queries whose keys begin or end at one place
-MAX_STEPS = 64  # about as many, at most, make up the stairs of a pattern
 NOMINAL_LENGTH = 2**20  # where lengths are unknown, layouts are compared at this one
 
 
@@ -63,6 +63,14 @@ def crop(x, start, length):
     return ops.slice(x, (0, start) + (0,) * (len(shape) - 2), (shape[0], length, *shape[2:]))
 
 
+def take(x, start, size, axis):
+    """`size` entries along an axis, from `start` on, which may be a tensor."""
+    shape = list(ops.shape(x))
+    starts = [0] * len(shape)
+    starts[axis], shape[axis] = start, size
+    return ops.slice(x, starts, shape)
+
+
 def _least(a, b):
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else ops.minimum(a, b)
 
@@ -85,12 +93,13 @@ class Run:
     """Chunks of one shape: each is a stretch of queries and the stretch of keys that they meet.
 
     Chunk `c` holds `queries` rows from `q_start + c * queries` on, and `keys`
-    rows from `k_start + c * queries` on; rows beyond the ends are zero.
+    rows from `k_start + c * key_step` on; rows beyond the ends are zero.
 
     Args:
         layout: how one chunk is cut into tiles.
         queries, keys: rows of a chunk, or `None` for all there are.
         q_start, k_start: rows where the first chunk begins.
+        key_step: `queries`, or 0 if all chunks meet the same keys.
         count: the number of chunks.
     """
 
@@ -99,6 +108,7 @@ class Run:
     keys: int | None = None
     q_start: int = 0
     k_start: int = 0
+    key_step: int = 0
     count: int = 1
 
     @property
@@ -106,17 +116,41 @@ class Run:
         """Pairs of positions in the tiles of a chunk."""
         return self.layout.scored_pairs
 
+    @property
+    def shares_keys(self):
+        return self.key_step == 0
+
     def sum_keys(self, chunks, m):
-        """Add up what the chunks say of each key: `(b, c, j, h, d)` to `(b, m, h, d)`."""
+        """Add up what the chunks say of each key: `(b, c, j, h, d)` to `(b, m, h, d)`.
+
+        Where they share their keys, `chunks` may be their sum, `(b, 1, j, h, d)`.
+        """
         heads = chunks.shape[3]
-        if self.keys is None:
-            return rearrange(chunks, "b 1 m h d -> b m h d")
-        if self.count == 1:
-            return crop(rearrange(chunks, "b 1 j h d -> b j h d"), -self.k_start, m)
-        outer = Halo(1, self.queries, self.k_start, self.k_start + self.keys)
+        if self.shares_keys or self.count == 1:
+            x = self.sum_chunks(chunks)
+            return x if self.keys is None else crop(x, -self.k_start, m)
+        outer = Halo(1, self.key_step, self.k_start, self.k_start + self.keys)
         chunks = rearrange(chunks, "b c j h d -> b 1 c j (h d)")
-        x = outer.sum_keys([chunks], self.count * self.queries, m)
+        x = outer.sum_keys([chunks], self.count * self.key_step, m)
         return rearrange(x, "b m 1 (h d) -> b m h d", h=heads)
+
+    def sum_chunks(self, chunks):
+        """The sum of chunks that share their keys: `(b, j, h, d)`."""
+        return chunks[:, 0] if chunks.shape[1] == 1 else ops.sum(chunks, axis=1)
+
+    def tile(self, x, chunk):
+        """A chunk's share of tiles `(b, h, t|1, i|1, j)` of all chunks."""
+        if self.count == 1:
+            return x
+        if self.shares_keys:  # they are of the same tiles, and of other queries
+            rows = x.shape[3] // self.count
+            return x if x.shape[3] == 1 else take(x, chunk * rows, rows, axis=3)
+        if x.shape[2] == 1:
+            return x
+        x = rearrange(x, "b h (r t) i j -> b h r t i j", r=self.layout.rate)
+        blocks = x.shape[3] // self.count
+        x = take(x, chunk * blocks, blocks, axis=3)
+        return rearrange(x, "b h r t i j -> b h (r t) i j")
 
 
 @dataclass(frozen=True)
@@ -178,7 +212,7 @@ class Halo:
         inner = replace(self, n=self.chunk * self._step, origin=self.first, chunk=None)
         keys = ((self.chunk - 1) * self.width + self.last - self.first) * self.rate
         count = self._num_blocks(self.n) // self.chunk
-        return (Run(inner, inner.n, keys, 0, self.first * self.rate, count),)
+        return (Run(inner, inner.n, keys, 0, self.first * self.rate, inner.n, count),)
 
     @property
     def pads_keys(self):
@@ -262,24 +296,34 @@ class Halo:
         return crop(x, 0, n)
 
 
+class Step(NamedTuple):
+    """Queries `[q0, q1)`, in `count` equal chunks, which all meet the keys `[k0, k1)`."""
+
+    q0: int
+    q1: int | None
+    k0: int
+    k1: int | None
+    count: int = 1
+
+
 @dataclass(frozen=True)
 class Stairs:
     """Unequal tiles: groups of queries, each with its own range of keys.
 
-    The axis is first split by residue, `"(u r)"`; a step `(q0, q1, k0, k1)`
-    lets the queries `[q0, q1)` of each residue meet its keys `[k0, k1)`. One
-    step over everything is dense attention. Steps are in order and without
-    gaps; `None` as an end means the end of the axis.
+    The axis is first split by residue, `"(u r)"`; a step lets some queries of
+    each residue meet some of its keys. One step over everything is dense
+    attention. Steps are in order and without gaps; `None` as an end means the
+    end of the axis.
 
     Args:
         rate: the number of residues.
-        steps: a tuple of `(q0, q1, k0, k1)`.
+        steps: a tuple of `Step`.
         n: number of queries, or `None` while it is unknown.
         m: number of keys, or `None` while it is unknown.
     """
 
     rate: int
-    steps: tuple[tuple[int, int | None, int, int | None], ...]
+    steps: tuple[Step, ...]
     n: int | None = None
     m: int | None = None
 
@@ -290,22 +334,23 @@ class Stairs:
         return replace(self, rate=_least(self.rate, _most(n, m)))
 
     def cut(self, pairs):
-        pairs = max(pairs, self.scored_pairs // MAX_STEPS)
         steps = []
-        for q0, q1, k0, k1 in self._closed_steps():
-            count = _blocks(self.rate * (q1 - q0) * (k1 - k0), pairs)
-            edges = np.linspace(q0, q1, min(count, q1 - q0) + 1).astype(int).tolist()
-            steps += [(start, stop, k0, k1) for start, stop in itertools.pairwise(edges)]
-        return replace(self, steps=tuple(steps))
+        for q0, q1, k0, k1, _ in self._closed_steps():
+            count = min(_blocks(self.rate * (q1 - q0) * (k1 - k0), pairs), q1 - q0)
+            rows, longer = divmod(q1 - q0, count)
+            edge = q0 + longer * (rows + 1)
+            steps += [Step(q0, edge, k0, k1, longer), Step(edge, q1, k0, k1, count - longer)]
+        return replace(self, steps=tuple(step for step in steps if step.count))
 
     def runs(self):
-        if len(self.steps) == 1:
+        if len(self.steps) == 1 and self.steps[0].count == 1:
             return (Run(self),)
         runs = []
-        for q0, q1, k0, k1 in self._closed_steps():
-            inner = Stairs(self.rate, ((0, q1 - q0, 0, k1 - k0),))
-            queries, keys = (q1 - q0) * self.rate, (k1 - k0) * self.rate
-            runs.append(Run(inner, queries, keys, q0 * self.rate, k0 * self.rate))
+        for q0, q1, k0, k1, count in self._closed_steps():
+            queries, keys = (q1 - q0) // count, k1 - k0
+            inner = Stairs(self.rate, (Step(0, queries, 0, keys),))
+            sizes = (self.rate * size for size in (queries, keys, q0, k0))
+            runs.append(Run(inner, *sizes, count=count))
         return tuple(runs)
 
     @property
@@ -316,30 +361,31 @@ class Stairs:
 
     @property
     def scored_pairs(self):
-        return self.rate * sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in self._closed_steps())
+        return self.rate * sum((x.q1 - x.q0) * (x.k1 - x.k0) for x in self._closed_steps())
 
     @property
     def distances(self):
         return tuple(
-            (self.rate * (k0 - q1 + 1), self.rate * (k1 - 1 - q0))
-            for q0, q1, k0, k1 in self._closed_steps()
+            (self.rate * (x.k0 - x.q1 + 1), self.rate * (x.k1 - 1 - x.q0))
+            for x in self._closed_steps()
         )
 
     def _closed_steps(self):
         queries = _blocks(self.n or NOMINAL_LENGTH, self.rate)
         keys = _blocks(self.m or NOMINAL_LENGTH, self.rate)
-        for q0, q1, k0, k1 in self.steps:
-            yield q0, queries if q1 is None else q1, k0, keys if k1 is None else k1
+        for q0, q1, k0, k1, count in self.steps:
+            q1, k1 = queries if q1 is None else q1, keys if k1 is None else k1
+            yield Step(q0, q1, k0, k1, count)
 
     def sample(self, q_pos, k_pos):
         queries, keys = self.split_queries(_as_rows(q_pos)), self.split_keys(_as_rows(k_pos), None)
         return [_pair(q[0, 0, 0], k[0, 0, 0]) for q, k in zip(queries, keys, strict=True)]
 
     def split_queries(self, x):
-        return self._split(x, [(q0, q1) for q0, q1, _, _ in self.steps])
+        return self._split(x, [(step.q0, step.q1) for step in self.steps])
 
     def split_keys(self, x, n):
-        return self._split(x, [(k0, k1) for _, _, k0, k1 in self.steps])
+        return self._split(x, [(step.k0, step.k1) for step in self.steps])
 
     def _split(self, x, ranges):
         heads = x.shape[2]
@@ -352,7 +398,7 @@ class Stairs:
 
     def sum_keys(self, tiles, n, m):
         rows = [rearrange(x, "b h r j d -> b (j r) h d") for x in tiles]
-        return sum_rows(rows, [k0 * self.rate for _, _, k0, _ in self.steps], m)
+        return sum_rows(rows, [step.k0 * self.rate for step in self.steps], m)
 
     def join(self, tiles, n):
         x = tiles[0] if len(tiles) == 1 else ops.concatenate(tiles, axis=3)
@@ -483,7 +529,7 @@ def block_layout(size, n=None):
 
 def column_layout(count, n=None, m=None):
     """The layout in which every query meets the first `count` keys."""
-    return Stairs(1, ((0, None, 0, count if m is None else min(count, m)),), n, m)
+    return Stairs(1, (Step(0, None, 0, count if m is None else min(count, m)),), n, m)
 
 
 def _halo(left, right, rate, n):
@@ -500,7 +546,7 @@ def _halo(left, right, rate, n):
 def _stairs(left, right, rate, n, m):
     """A few groups of queries, so that of a triangle little more than its half is scored."""
     if n is None or m is None:
-        return Stairs(rate, ((0, None, 0, None),), n, m)
+        return Stairs(rate, (Step(0, None, 0, None),), n, m)
     queries, keys = _blocks(n, rate), _blocks(m, rate)
     bounded = left is not None or right is not None
     groups = min(MAX_GROUPS, max(1, queries // 128)) if bounded else 1
@@ -509,7 +555,7 @@ def _stairs(left, right, rate, n, m):
     for q0, q1 in itertools.pairwise(edges):
         k0 = 0 if left is None else min(max(q0 - left, 0), keys - 1)
         k1 = keys if right is None else min(max(q1 + right, k0 + 1), keys)
-        steps.append((q0, q1, k0, k1))
+        steps.append(Step(q0, q1, k0, k1))
     return Stairs(rate, tuple(steps), n, m)
 
 

@@ -10,21 +10,30 @@ The backward pass is written out: nothing of the size of the scores is kept but
 the weights, and no framework differentiates through the pieces.
 """
 
-import itertools
+import operator
+from collections import deque
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import keras
 from einops import rearrange
 from keras import ops
 
 from sparse_attn.attend import average, gradients, log_sum_exp, weigh
-from sparse_attn.layouts import Run, crop, sum_rows
+from sparse_attn.layouts import Run, crop, sum_rows, take
 from sparse_attn.masking import additive_mask, wide
-from sparse_attn.tracing import after, unconverted
+from sparse_attn.tracing import (
+    AT_ONCE,
+    after,
+    fold_range,
+    map_range,
+    may_differentiate,
+    unconverted,
+    unlinked,
+)
 
 MAX_SCORE_BYTES = 2**30
 PIECE_BYTES = 2**24  # what a CPU's allocator recycles; larger tensors are mapped anew each time
-AT_ONCE = 2  # pieces that a graph of TensorFlow works on at the same time
 NOMINAL_BATCH = 8  # an unknown batch counts as this many
 
 
@@ -50,14 +59,14 @@ class Schedule:
 
 
 def score_bytes(pairs, batch, heads, dtype):
-    """Bytes that the scores of so many pairs of positions take; an int."""
+    """Bytes that the scores of so many pairs of positions take in the softmax; an int."""
     batch = batch if isinstance(batch, int) else NOMINAL_BATCH
     return batch * heads * pairs * (8 if wide(dtype) == "float64" else 4)
 
 
 def schedule(layout, batch, heads, dtype, streamed=False):
     """A `Schedule` in pieces of about `PIECE_BYTES` of scores, for a layout of known lengths."""
-    pair = score_bytes(1, 1 if streamed else batch, 1, dtype)
+    pair = max(1, score_bytes(1, 1 if streamed else batch, 1, dtype))  # 0 if the batch is empty
     # To cut costs copies where chunks meet: a single head may take twice as much.
     layout = layout.cut(max(1, 2 * PIECE_BYTES // pair))
     largest = pair * max(run.scored_pairs for run in layout.runs())
@@ -65,8 +74,26 @@ def schedule(layout, batch, heads, dtype, streamed=False):
     return Schedule(layout, max(fitting, default=1), streamed)
 
 
+@dataclass(frozen=True)
+class Mask:
+    """A mask of tiles: what `function` says of `tensors`, which broadcast to `(b, h, t, i, j)`."""
+
+    function: object
+    tensors: tuple
+
+
 def attend_tiles(
-    schedule, query, key, value, masks, bias=(), *, dropout=0.0, seeds=None, return_lse=False
+    schedule,
+    query,
+    key,
+    value,
+    masks,
+    bias=(),
+    *,
+    dropout=0.0,
+    seeds=None,
+    return_lse=False,
+    zero_unanswered=False,
 ):
     """Attention over the tiles of a layout.
 
@@ -75,40 +102,58 @@ def attend_tiles(
         query: `(b, n, h, d)`, already scaled and finite.
         key: `(b, m, h, d)`, finite.
         value: `(b, m, h, e)`, finite.
-        masks: for each run, a list of bool tiles that broadcast to
-            `(b, h, t, i, j)`; a pair is allowed if all of them say so.
-        bias: for each run, float tiles of such a shape; or nothing at all.
+        masks: for each run, a list of `Mask`; a pair is allowed if all of them say so.
+        bias: for each run, float tiles that broadcast to `(b, h, t, i, j)`; or nothing at all.
         dropout: the share of weights to drop.
         seeds: `(num_pieces, 2)` ints, for dropout.
         return_lse: whether `lse` is wanted.
+        zero_unanswered: whether a query with no allowed key must get 0.
 
     Returns:
         `(out, lse)` of shapes `(b, n, h, e)` and `(b, n, h, 1)`. Where no key
-        is allowed, `out` is any finite number and `lse` below `MASKED`. `lse`
-        is float32 or wider, before dropout, and `None` unless it was wanted.
+        is allowed, `out` is 0 or any finite number and `lse` below `MASKED`.
+        `lse` is float32 or wider, before dropout, and `None` unless it was wanted.
     """
     seeds = [] if seeds is None else [seeds]
+    tensors = [*bias, *seeds, *[x for terms in masks for mask in terms for x in mask.tensors]]
+    keep = not schedule.streamed and may_differentiate([query, key, value, *bias])
+
+    def pieces(inputs, keep):
+        # All tensors are arguments: JAX cannot recompute a function that closes over one.
+        inputs = iter(inputs)
+        qkv = [next(inputs) for _ in range(3)]
+        given_bias = [next(inputs) for _ in bias]
+        given_seeds = next(inputs) if seeds else None
+        given_masks = [
+            [Mask(mask.function, tuple(next(inputs) for _ in mask.tensors)) for mask in terms]
+            for terms in masks
+        ]
+        options = {"seeds": given_seeds, "dropout": dropout, "keep": keep}
+        options |= {"return_lse": return_lse, "zero_unanswered": zero_unanswered}
+        return _Pieces(schedule, qkv, given_masks, given_bias, **options)
 
     @ops.custom_gradient
-    def core(query, key, value, *flat):
-        # All tensors are arguments: JAX cannot recompute a function that closes over one.
-        rest = iter(flat)
-        given_bias = [next(rest) for _ in bias]
-        given_masks = [[next(rest) for _ in terms] for terms in masks]
-        options = {"seeds": next(rest, None), "dropout": dropout, "return_lse": return_lse}
-        pieces = _Pieces(schedule, (query, key, value), given_masks, given_bias, **options)
-        packed = pieces.forward()
+    def core(*inputs):
+        once = pieces(inputs, keep)
+        packed = once.forward()
+        held = [(once, unlinked(packed))]
 
         @unconverted
-        def grad(*inputs, upstream=None):
-            # TensorFlow and JAX pass the gradient alone, PyTorch the inputs and `upstream`.
-            found = pieces.backward(packed, inputs[0] if upstream is None else upstream)
-            return *found, *[None] * (3 + len(flat) - len(found))
+        def grad(*given, upstream=None):
+            if upstream is None:  # TensorFlow and JAX pass the gradient alone
+                found = held[0][0].backward(held[0][1], *given)
+            elif held and not may_differentiate(given):
+                # PyTorch holds this function as long as the output; what it holds may go.
+                once, packed = held.pop()
+                found = once.backward(packed, upstream)
+            else:  # a second time, or to be differentiated itself: then from the inputs
+                again = pieces(given, keep)
+                found = again.backward(again.forward(), upstream)
+            return *found, *[None] * (3 + len(tensors) - len(found))
 
         return packed, grad
 
-    packed = core(query, key, value, *bias, *itertools.chain(*masks), *seeds)
-    out, lse = _unpack(packed, return_lse)
+    out, lse = _unpack(core(query, key, value, *tensors), return_lse)
     return ops.cast(out, query.dtype), lse
 
 
@@ -141,197 +186,270 @@ class _Piece:
     number: object
 
 
-class _Pieces:
-    """The forward and the backward pass over all pieces."""
+class _Cut:
+    """A schedule at the sizes of a call: from tensors to pieces, and back.
 
-    def __init__(self, schedule, tensors, masks, bias, seeds, dropout, return_lse):
+    A tensor of queries or keys `(b, n, h, d)` is made ready once, by
+    `query_rows` or `key_rows`; `queries` and `keys` then take a piece's tiles.
+    """
+
+    def __init__(self, schedule, query, key):
         self.streamed, self.heads = schedule.streamed, schedule.heads
         self.runs = schedule.layout.runs()
-        self.masks, self.bias = masks, bias
-        self.seeds, self.dropout, self.return_lse = seeds, dropout, return_lse
-        query, key, value = tensors
         self.n, self.m = ops.shape(query)[1], ops.shape(key)[1]
         self.batch, self.groups = ops.shape(query)[0], query.shape[2] // self.heads
-        self.dtype = self.score_dtype = keras.backend.standardize_dtype(query.dtype)
-        # A mask adds 0 or `LOWEST`, which bfloat16 has; and all softmaxes sum it up in float32.
-        if self.dtype != "bfloat16" or return_lse or bias:
-            self.score_dtype = wide(self.dtype)
         # Chunks may reach beyond the ends: padding, so that they can be sliced.
         parts = [run for run in self.runs if run.queries is not None]
         self.q_rows = max((x.q_start + x.count * x.queries for x in parts), default=self.n)
         self.k_start = min((x.k_start for x in parts), default=0)
-        ends = [x.k_start + (x.count - 1) * x.queries + x.keys for x in parts]
-        k_rows = max(ends, default=self.m) - self.k_start
-        self.query = self._by_heads(crop(query, 0, self.q_rows))
-        self.key, self.value = (self._by_heads(crop(x, self.k_start, k_rows)) for x in (key, value))
-        self.tables, self.kept = {}, {}
+        ends = [x.k_start + (x.count - 1) * x.key_step + x.keys for x in parts]
+        self.k_rows = max(ends, default=self.m) - self.k_start
 
-    # ---- The two passes ----
+    # ---- Tensors ----
 
-    def forward(self):
-        self.latest = [[]] * AT_ONCE
-        outs = [self._each(index, self._forward)[0] for index in range(len(self.runs))]
-        return self._join(outs)
+    def query_rows(self, x):
+        return self._by_heads(crop(x, 0, self.q_rows))
 
-    def backward(self, packed, d_packed):
-        self.latest = [[]] * AT_ONCE
-        out, _ = _unpack(packed, self.return_lse)
-        d_out, d_lse = _unpack(d_packed, self.return_lse)
-        self.d_out = self._by_heads(crop(ops.cast(d_out, self.dtype), 0, self.q_rows))
-        delta = ops.sum(ops.cast(out * d_out, wide(self.dtype)), axis=-1, keepdims=True)
-        delta = delta if d_lse is None else delta - d_lse
-        self.delta = self._by_heads(crop(delta, 0, self.q_rows))
-        self.d_bias = [[] for _ in self.bias]
-        found = [self._each(index, self._backward) for index in range(len(self.runs))]
-        d_query, d_key, d_value = zip(*found, strict=True)
-        d_bias = [
-            _over_heads(pieces, whole) for pieces, whole in zip(self.d_bias, self.bias, strict=True)
-        ]
-        return self._join(d_query), self._sum(d_key), self._sum(d_value), *d_bias
+    def key_rows(self, x):
+        return self._by_heads(crop(x, self.k_start, self.k_rows))
 
-    def _forward(self, piece):
-        query, key, value = self._tiles(piece)
-        weights, drop, lse = self._weigh(piece, query, key, self.return_lse)
-        if not self.streamed:
-            self.kept[piece.number] = weights, drop
-        tile = _pack(average(drop(weights), value), lse)
-        return (self._rows(piece, tile),)
-
-    def _backward(self, piece):
-        query, key, value = self._tiles(piece)
-        if self.streamed:
-            weights, drop, _ = self._weigh(piece, query, key)
-        else:
-            weights, drop = self.kept[piece.number]
-        d_out, delta = (self._queries(piece, x) for x in (self.d_out, self.delta))
-        d_query, d_key, d_value, d_scores = gradients(
-            query, key, value, weights, drop, d_out, delta
-        )
-        if self.bias:
-            tile = self._at(piece, self.bias[piece.run_index])
-            self.d_bias[piece.run_index].append(_sum_to(d_scores, tile))
-        layout, n, m = piece.run.layout, piece.run.queries or self.n, piece.run.keys or self.m
-        d_keys = (layout.sum_keys([x], n, m) for x in (d_key, d_value))
-        return self._rows(piece, d_query), *d_keys
-
-    def _weigh(self, piece, query, key, return_lse=False):
-        """The weights of a piece, what dropout does to them, and their log-sum-exp if wanted."""
-        scores, weights = weigh(query, key, self._tables(piece), self.score_dtype)
-        lse = log_sum_exp(scores, weights)[..., None] if return_lse else None
-        weights = ops.cast(weights, self.dtype)
-        return weights, self._drop(piece, ops.shape(weights)), lse
-
-    # ---- From tensors to pieces ----
-
-    def _each(self, index, body):
-        """Apply `body` to every piece of a run: a tuple of tensors `(b, c, i, h, d)`."""
-        run, groups = self.runs[index], self.groups
-        before = sum(run.count for run in self.runs[:index]) * groups
-        if not self.streamed:
-            chunks = []
-            for chunk in range(run.count):
-                found = []
-                for group in range(groups):
-                    number = before + chunk * groups + group
-                    with after(self.latest[-AT_ONCE]):
-                        found.append(body(_Piece(run, index, None, chunk, group, number)))
-                    self.latest.append(found[-1])
-                chunks.append([_join(tensors, axis=2) for tensors in zip(*found, strict=True)])
-            return [ops.stack(tensors, axis=1) for tensors in zip(*chunks, strict=True)]
-
-        @unconverted
-        def in_loop(x):
-            row, chunk, group = x // (groups * run.count), x // groups % run.count, x % groups
-            return body(_Piece(run, index, row, chunk, group, x + before * self.batch))
-
-        count = self.batch * run.count * groups
-        found = ops.map(in_loop, ops.arange(count, dtype="int32"))
-        sizes = {"c": run.count, "g": groups}
-        return [rearrange(x, "(b c g) 1 i h d -> b c i (g h) d", **sizes) for x in found]
-
-    def _join(self, runs):
-        rows = [rearrange(x, "b c i h d -> b (c i) h d") for x in runs]
-        return crop(_join(rows, axis=1), 0, self.n)
-
-    def _sum(self, runs):
-        if len(runs) == 1:
-            return self.runs[0].sum_keys(runs[0], self.m)
-        rows = [rearrange(x, "b 1 j h d -> b j h d") for x in runs]
-        return sum_rows(rows, [run.k_start for run in self.runs], self.m)
-
-    def _tiles(self, piece):
-        run = piece.run
-        start = None
-        if run.keys is not None:
-            start = run.k_start - self.k_start + piece.chunk * run.queries
-        n = run.queries or self.n
-        keys = (self._slice(x, piece, start, run.keys) for x in (self.key, self.value))
-        tiles = (run.layout.split_keys(x, n)[0] for x in keys)
-        return self._queries(piece, self.query), *tiles
-
-    def _queries(self, piece, x):
+    def queries(self, piece, x):
         run = piece.run
         start = None if run.queries is None else run.q_start + piece.chunk * run.queries
         return run.layout.split_queries(self._slice(x, piece, start, run.queries))[0]
 
-    def _rows(self, piece, tile):
+    def keys(self, piece, x):
+        run = piece.run
+        start = None
+        if run.keys is not None:
+            start = run.k_start - self.k_start + piece.chunk * run.key_step
+        return run.layout.split_keys(self._slice(x, piece, start, run.keys), run.queries or self.n)[
+            0
+        ]
+
+    def from_queries(self, piece, tile):
+        """The inverse of `queries`, for one piece."""
         return piece.run.layout.join([tile], piece.run.queries or self.n)
 
-    @property
+    def from_keys(self, piece, tile):
+        """The adjoint of `keys`, for one piece."""
+        run = piece.run
+        return run.layout.sum_keys([tile], run.queries or self.n, run.keys or self.m)
+
+    def tile(self, piece, x):
+        """The piece's share of tiles `(b|1, h|1, t|1, i|1, j)` that lie at all pieces."""
+        if piece.row is not None and x.shape[0] != 1:
+            x = take(x, piece.row, 1, axis=0)
+        if self.groups > 1 and x.shape[1] != 1:
+            x = take(x, piece.group * self.heads, self.heads, axis=1)
+        return piece.run.tile(x, piece.chunk)
+
     def _is_whole(self):
         return self.groups == 1 and not self.streamed
 
     def _by_heads(self, x):
         """Heads first: to slice the first axis is no copy."""
-        return x if self._is_whole else rearrange(x, "b n h d -> h b n d")
+        return x if self._is_whole() else rearrange(x, "b n h d -> h b n d")
 
     def _slice(self, x, piece, start, rows):
         """The heads of a piece, in `rows` from `start` on, or in all rows."""
-        if self._is_whole:
-            return x if rows is None else _take(x, start, rows, axis=1)
-        x = _take(x, piece.group * self.heads, self.heads, axis=0)
+        if self._is_whole():
+            return x if rows is None else take(x, start, rows, axis=1)
+        x = take(x, piece.group * self.heads, self.heads, axis=0)
         if piece.row is not None:
-            x = _take(x, piece.row, 1, axis=1)
+            x = take(x, piece.row, 1, axis=1)
         if rows is not None:
-            x = _take(x, start, rows, axis=2)
+            x = take(x, start, rows, axis=2)
         return rearrange(x, "h b n d -> b n h d")
 
-    def _tables(self, piece):
-        """What is added to the scores of a piece: its bias, and its masks as one table."""
-        terms = self.masks[piece.run_index]
-        bias = [self._at(piece, self.bias[piece.run_index])] if self.bias else []
-        if not terms:
-            return bias
-        if self.streamed:  # where it lies, only the loop knows
-            return [*bias, self._table(piece, terms)]
-        shared = all(term.shape[1] == 1 for term in terms)  # by all heads
+    # ---- Pieces ----
+
+    def each(self, body):
+        """Apply `body` to every piece.
+
+        Args:
+            body: a function of a `_Piece`. It returns tensors `(b, i, h, d)`:
+                one of the piece's queries, and any number of its keys.
+
+        Returns:
+            Tensors `(b, n, h, d)` of the queries, and `(b, m, h, d)` of the keys.
+        """
+        latest = deque([[]] * AT_ONCE, maxlen=AT_ONCE)
+        before, found = 0, []
+        for index, run in enumerate(self.runs):
+            if self.streamed:
+                with after(found[-1] if found else []):
+                    found.append(self._stream(body, index, before))
+            else:
+                found.append(self._unroll(body, index, before, latest))
+            before += run.count * self.groups * (self.batch if self.streamed else 1)
+        queries, *keys = zip(*found, strict=True)
+        rows = [rearrange(x, "b c i h d -> b (c i) h d") for x in queries]
+        return [crop(_join(rows, axis=1), 0, self.n), *[self._sum(x) for x in keys]]
+
+    def _unroll(self, body, index, before, latest):
+        """The pieces of a run one by one: tensors `(b, c, i, h, d)`."""
+        run, chunks = self.runs[index], []
+        for chunk in range(run.count):
+            found = []
+            for group in range(self.groups):
+                number = before + chunk * self.groups + group
+                with after(latest[0]):
+                    found.append(body(_Piece(run, index, None, chunk, group, number)))
+                latest.append(found[-1])
+            chunks.append([_join(tensors, axis=2) for tensors in zip(*found, strict=True)])
+        return [ops.stack(tensors, axis=1) for tensors in zip(*chunks, strict=True)]
+
+    def _stream(self, body, index, before):
+        """The pieces of a run in a loop: tensors `(b, c, i, h, d)`."""
+        run, groups = self.runs[index], self.groups
+
+        def at(row, chunk, group):
+            number = before + (row * run.count + chunk) * groups + group
+            return body(_Piece(run, index, row, chunk, group, number))
+
+        @unconverted
+        def piece(x):
+            return at(x // (groups * run.count), x // groups % run.count, x % groups)
+
+        @unconverted
+        def chunks(x):
+            """The chunks of a row and a group, one after the other: their keys are added up."""
+
+            def add(chunk, so_far):
+                queries, *keys = at(x // groups, chunk, x % groups)
+                rows, *sums = so_far
+                rows = ops.slice_update(rows, (0, chunk * run.queries, 0, 0), queries)
+                pairs = zip(sums, keys, strict=True)
+                return [rows, *[total + ops.cast(y, total.dtype) for total, y in pairs]]
+
+            queries, *keys = at(x // groups, 0, x % groups)
+            rows = crop(queries, 0, run.count * run.queries)
+            sums = [ops.cast(y, wide(y.dtype)) for y in keys]
+            rows, *sums = fold_range(unconverted(add), run.count, [rows, *sums])
+            return [rows, *[ops.cast(total, rows.dtype) for total in sums]]
+
+        sizes = {"c": run.count, "g": groups}
+        if run.count == 1 or not run.shares_keys:
+            found = map_range(piece, self.batch * run.count * groups)
+            return [rearrange(x, "(b c g) 1 i h d -> b c i (g h) d", **sizes) for x in found]
+        rows, *sums = map_range(chunks, self.batch * groups)
+        rows = rearrange(rows, "(b g) 1 (c i) h d -> b c i (g h) d", **sizes)
+        return [rows, *[rearrange(x, "(b g) 1 j h d -> b 1 j (g h) d", g=groups) for x in sums]]
+
+    def _sum(self, runs):
+        if len(runs) == 1:
+            return self.runs[0].sum_keys(runs[0], self.m)
+        rows = [run.sum_chunks(x) for run, x in zip(self.runs, runs, strict=True)]
+        return sum_rows(rows, [run.k_start for run in self.runs], self.m)
+
+
+class _Pieces:
+    """The forward and the backward pass over all pieces."""
+
+    def __init__(
+        self, schedule, tensors, masks, bias, *, seeds, dropout, keep, return_lse, zero_unanswered
+    ):
+        query, key, value = tensors
+        self.cut = _Cut(schedule, query, key)
+        self.masks, self.bias, self.seeds, self.dropout = masks, bias, seeds, dropout
+        self.return_lse, self.zero_unanswered = return_lse, zero_unanswered
+        self.dtype = self.score_dtype = keras.backend.standardize_dtype(query.dtype)
+        # A mask adds 0 or `LOWEST`, which bfloat16 has; and all softmaxes sum it up in float32.
+        if self.dtype != "bfloat16" or return_lse or bias:
+            self.score_dtype = wide(self.dtype)
+        self.query = self.cut.query_rows(query)
+        self.key, self.value = self.cut.key_rows(key), self.cut.key_rows(value)
+        self.keep, self.kept, self.tables = keep, {}, {}
+
+    def forward(self):
+        (packed,) = self.cut.each(self._forward)
+        self.tables.clear()
+        return packed
+
+    def _forward(self, piece):
+        query, key, value = self._tiles(piece)
+        weighed, lse = self._weigh(piece, query, key, self.return_lse)
+        if self.keep:
+            self.kept[piece.number] = weighed
+        weights, drop, answered = weighed
+        out = _zero(average(drop(weights), value), answered)
+        return (self.cut.from_queries(piece, _pack(out, lse)),)
+
+    def backward(self, packed, d_packed):
+        """The gradients by query, key, value and each bias."""
+        out, _ = _unpack(packed, self.return_lse)
+        d_out, d_lse = _unpack(d_packed, self.return_lse)
+        out, d_wide = (ops.cast(x, wide(self.dtype)) for x in (out, d_out))
+        delta = ops.sum(out * d_wide, axis=-1, keepdims=True)
+        delta = delta if d_lse is None else delta - d_lse
+        d_bias = []
+        body = partial(
+            self._backward,
+            d_out=self.cut.query_rows(ops.cast(d_out, self.dtype)),
+            delta=self.cut.query_rows(delta),
+            d_bias=d_bias,
+        )
+        return *self.cut.each(body), *d_bias
+
+    def _backward(self, piece, d_out, delta, d_bias):
+        query, key, value = self._tiles(piece)
+        if self.keep:
+            weights, drop, answered = self.kept[piece.number]
+        else:
+            (weights, drop, answered), _ = self._weigh(piece, query, key)
+        d_out, delta = (self.cut.queries(piece, x) for x in (d_out, delta))
+        d_query, d_key, d_value, d_scores = gradients(
+            query, key, value, weights, drop, _zero(d_out, answered), delta
+        )
+        if self.bias:  # it comes with pieces of whole runs
+            d_bias.append(_sum_to(d_scores, self.bias[piece.run_index]))
+        d_keys = (self.cut.from_keys(piece, x) for x in (d_key, d_value))
+        return self.cut.from_queries(piece, d_query), *d_keys
+
+    def _tiles(self, piece):
+        keys = (self.cut.keys(piece, x) for x in (self.key, self.value))
+        return self.cut.queries(piece, self.query), *keys
+
+    def _weigh(self, piece, query, key, return_lse=False):
+        """The softmax weights of a piece and what is told of them.
+
+        Returns:
+            `(weights, drop, answered), lse`: `drop` is what dropout does to
+            the weights; `answered` says which queries have a key, or is `None`
+            where that does not matter.
+        """
+        mask, answered = self._mask(piece)
+        bias = [self.bias[piece.run_index]] if self.bias else []
+        scores, weights = weigh(query, key, bias + mask, self.score_dtype)
+        lse = log_sum_exp(scores, weights)[..., None] if return_lse else None
+        weights = ops.cast(weights, self.dtype)
+        return (weights, self._drop(piece, ops.shape(weights)), answered), lse
+
+    def _mask(self, piece):
+        """A list of the table that masks a piece, if any, and its `answered`."""
+        masks = self.masks[piece.run_index]
+        if not masks:
+            return [], None
+        if self.cut.streamed:  # where it lies, only the loop knows
+            return self._make_mask(piece, masks)
+        shared = all(x.shape[1] == 1 for mask in masks for x in mask.tensors)  # by all heads
         place = piece.run_index, piece.chunk, None if shared else piece.group
         if place not in self.tables:
-            self.tables[place] = self._table(piece, terms)
-        return [*bias, self.tables[place]]
+            self.tables[place] = self._make_mask(piece, masks)
+        return self.tables[place]
 
-    def _table(self, piece, terms):
-        tables = [additive_mask(self._at(piece, x), self.score_dtype) for x in terms]
-        return sum(tables[1:], tables[0])
-
-    def _at(self, piece, x):
-        """The piece's share of tiles `(b|1, h|1, t|1, i, j)` that lie at all pieces."""
-        if piece.row is not None and x.shape[0] != 1:
-            x = _take(x, piece.row, 1, axis=0)
-        if self.groups > 1 and x.shape[1] != 1:
-            x = _take(x, piece.group * self.heads, self.heads, axis=1)
-        if piece.run.count > 1 and x.shape[2] != 1:
-            x = rearrange(x, "b h (r t) i j -> b h r t i j", r=piece.run.layout.rate)
-            size = x.shape[3] // piece.run.count
-            x = _take(x, piece.chunk * size, size, axis=3)
-            x = rearrange(x, "b h r t i j -> b h (r t) i j")
-        return x
+    def _make_mask(self, piece, masks):
+        terms = [mask.function(*[self.cut.tile(piece, x) for x in mask.tensors]) for mask in masks]
+        allowed = reduce(operator.and_, terms)
+        answered = ops.any(allowed, axis=-1, keepdims=True) if self.zero_unanswered else None
+        return [additive_mask(allowed, self.score_dtype)], answered
 
     def _drop(self, piece, shape):
         """What dropout does to the weights of a piece; the same each time."""
         if not self.dropout:
             return lambda weights: weights
-        seed = _Seed(_take(self.seeds, piece.number, 1, axis=0)[0])
+        seed = _Seed(take(self.seeds, piece.number, 1, axis=0)[0])
         keep = keras.random.uniform(shape, dtype="float32", seed=seed) >= self.dropout
 
         def drop(weights):
@@ -351,12 +469,9 @@ class _Seed(keras.random.SeedGenerator):
         return ops.cast(self.seed, "uint32") if keras.backend.backend() == "jax" else self.seed
 
 
-def _take(x, start, size, axis):
-    """`size` entries along an axis, from `start` on, which may be a tensor."""
-    shape = list(ops.shape(x))
-    starts = [0] * len(shape)
-    starts[axis], shape[axis] = start, size
-    return ops.slice(x, starts, shape)
+def _zero(x, answered):
+    """`x` with zeros where a query has no answer."""
+    return x if answered is None else ops.where(answered, x, ops.zeros((), x.dtype))
 
 
 def _join(tensors, axis):
@@ -367,8 +482,3 @@ def _sum_to(x, like):
     """Sum `x` over the axes along which `like` was broadcast."""
     axes = tuple(axis for axis in range(len(x.shape)) if like.shape[axis] == 1)
     return ops.cast(ops.sum(x, axis=axes, keepdims=True) if axes else x, like.dtype)
-
-
-def _over_heads(pieces, whole):
-    """The gradient of all heads from those of the groups, or their sum where they share it."""
-    return _join(pieces, axis=1) if whole.shape[1] != 1 else sum(pieces[1:], pieces[0])

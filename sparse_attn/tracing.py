@@ -1,8 +1,11 @@
-"""What TensorFlow has to be told about graphs; the other backends need none of it."""
+"""What a framework has to be told, or asked, about how it traces and differentiates."""
 
 import contextlib
 
 import keras
+from keras import ops
+
+AT_ONCE = 2  # pieces of work that a graph of TensorFlow does at the same time
 
 
 def unconverted(function):
@@ -18,6 +21,23 @@ def unconverted(function):
     return tf.autograph.experimental.do_not_convert(function)
 
 
+def may_differentiate(tensors):
+    """Whether the gradient by any of these tensors may be asked for; only PyTorch can say no."""
+    if keras.backend.backend() != "torch":
+        return True
+    import torch
+
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def unlinked(tensor):
+    """The same numbers, which a function's backward pass can hold without a circle.
+
+    PyTorch's tensors hold what made them. A circle would keep both until a collector comes.
+    """
+    return tensor.detach() if keras.backend.backend() == "torch" else tensor
+
+
 def after(tensors):
     """A context in which operations wait until `tensors` are there.
 
@@ -29,3 +49,35 @@ def after(tensors):
     import tensorflow as tf
 
     return tf.control_dependencies(tensors)
+
+
+def map_range(function, count):
+    """`ops.map` over `range(count)`, in which TensorFlow works on few turns at a time, not on 10.
+
+    Args:
+        function: from an int32 tensor to a list or tuple of tensors.
+        count: int or int tensor.
+    """
+    numbers = ops.arange(count, dtype="int32")
+    if keras.backend.backend() != "tensorflow":
+        return ops.map(function, numbers)
+    import tensorflow as tf
+
+    specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, function(numbers[0]))
+    options = {"fn_output_signature": specs, "parallel_iterations": AT_ONCE}
+    return tf.map_fn(function, numbers, **options)
+
+
+def fold_range(function, count, first):
+    """`ops.fori_loop` from 1 to `count`, likewise: `so_far = function(i, so_far)`."""
+    if keras.backend.backend() != "tensorflow":
+        return ops.fori_loop(1, count, function, first)
+    import tensorflow as tf
+
+    _, found = tf.while_loop(
+        lambda i, so_far: i < count,
+        lambda i, so_far: (i + 1, function(i, so_far)),
+        (1, first),
+        parallel_iterations=AT_ONCE,
+    )
+    return found

@@ -14,15 +14,15 @@ ALLOWED = {
     "pictures": {"itertools", "numpy"},
     "patterns": {"abc", "dataclasses", "functools", "operator", "numpy", "checks", "pictures"},
     "expressions": {"ast", "patterns"},
-    "layouts": {"itertools", "math", "dataclasses", "numpy", "einops", "keras"},
+    "layouts": {"itertools", "math", "dataclasses", "typing", "numpy", "einops", "keras"},
     "masking": {"keras", "checks"},
     "reference": {"numpy"},
     "plan": {"functools", "itertools", "math", "dataclasses", "numpy", "checks", "layouts"}
     | {"patterns"},
     "attend": {"checks", "functools", "einops", "keras", "masking"},
     "tracing": {"contextlib", "keras"},
-    "stream": {"itertools", "dataclasses", "keras", "einops", "attend", "layouts", "masking"}
-    | {"tracing"},
+    "stream": {"collections", "dataclasses", "functools", "operator", "keras", "einops"}
+    | {"attend", "layouts", "masking", "tracing"},
     "functional": {"functools", "itertools", "operator", "keras", "numpy", "einops", "attend"}
     | {"checks", "masking", "patterns", "plan", "stream", "tracing"},
 }
@@ -66,7 +66,7 @@ def test_nothing_below_the_package_itself_imports_layers():
 
 def test_imports_within_functions():
     # Patterns meet Keras only to be saved, and a backend is named only where tracing needs it.
-    expected = {"patterns": {"keras"}, "tracing": {"tensorflow"}}
+    expected = {"patterns": {"keras"}, "tracing": {"tensorflow", "torch"}}
     for path in ROOT.rglob("*.py"):
         assert imports(path, functions=True) == expected.get(path.stem, set())
 

@@ -72,7 +72,7 @@ def test_keys_of_a_tile_are_where_the_layout_says(name, n, m):
                 [u * layout.rate + r for u in range(k0, keys if k1 is None else k1)]
                 for r in range(layout.rate)
             ]
-            for _, _, k0, k1 in layout.steps
+            for _, _, k0, k1, _ in layout.steps
         ]
     for tile, positions in zip(found, expected, strict=True):
         positions = np.array(positions)

@@ -18,9 +18,10 @@ STEP = """
 import re, sys
 from pathlib import Path
 import numpy as np, tensorflow as tf
-from sparse_attn.layers import LocalSelfAttention
+from sparse_attn import parse_pattern
+from sparse_attn.layers import SelfAttention
 
-layer = LocalSelfAttention(8, 64, window=256)
+layer = SelfAttention(8, 64, parse_pattern(sys.argv[2]))
 x = tf.constant(np.random.default_rng(0).normal(size=(1, int(sys.argv[1]), 512)), "float32")
 layer.build(x.shape)
 
@@ -37,8 +38,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 """
 
 
-def peak_gigabytes(n):
-    command = [sys.executable, "-c", STEP, str(n)]
+def peak_gigabytes(n, pattern="Local(256)"):
+    command = [sys.executable, "-c", STEP, str(n), pattern]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)  # noqa: S603
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
@@ -54,3 +55,10 @@ def test_a_training_step_is_linear_in_the_length_and_takes_less_than_3_gb_at_163
 @pytest.mark.timeout(600)
 def test_a_training_step_at_65536_takes_less_than_5_gb():
     assert peak_gigabytes(65536) < 5
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("pattern", ["Full()", "Causal()", "Atrous(4)"])
+def test_where_scores_are_quadratic_memory_is_not(pattern):
+    # The scores of all heads take 8.6 GB, or about half or a quarter of that.
+    assert peak_gigabytes(16384, pattern) < 2.5

@@ -48,7 +48,7 @@ def counts(parts, n, m, q_pos=None):
             row, column = np.broadcast_arrays(row, column)
             allowed = row > 0
             for term in terms:
-                allowed = allowed & to_numpy(term)[0, 0]
+                allowed = allowed & to_numpy(term.function(*term.tensors))[0, 0]
             assert (column[allowed] > 0).all(), "padding may be attended"
             np.add.at(found, (row[allowed] - 1, column[allowed] - 1), 1)
     return found
