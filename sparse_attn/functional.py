@@ -88,12 +88,15 @@ def sparse_attention(
         dropout: the share of weights to drop, in [0, 1).
         seed: an int or a `keras.random.SeedGenerator`, for dropout.
         return_lse: whether to return the log-sum-exp as well.
-        max_score_bytes: an int, 2**30 by default. Where the scores of all tiles
-            take no more bytes than this, the softmax weights are kept for the
-            backward pass. Otherwise a few tiles are worked off at a time, and
-            in the backward pass once more: training takes about 1.4 times the
-            time. An unknown batch counts as 8. Where a length is unknown, and
-            with a `bias`, the weights are always kept.
+        max_score_bytes: an int, 2**30 by default. Where the scores of this call
+            take no more bytes than this in the softmax (4 for each scored pair
+            and head, 8 in float64), its weights are kept for the backward
+            pass. Otherwise a few tiles are worked off at a time, and in the
+            backward pass once more: training takes about 1.4 times the time.
+            Each call, so each layer of a model, has this much of its own. An
+            unknown batch counts as 8: give less where it will be larger.
+            Where a length is unknown, and with a `bias`, the weights are
+            always kept.
 
     Returns:
         `out`, of shape `(b, n, h, e)` and the dtype of `query`; a query with
@@ -133,7 +136,7 @@ def sparse_attention(
     q_pos = None
     if query_positions is not None:
         q_pos = _check_positions(query_positions, known[0], n)
-    if 0 in known:  # nothing asks, or nothing answers
+    if 0 in (*known, query.shape[0]):  # nothing asks, or nothing answers
         parts = ()
     elif q_pos is None:
         parts = plan(pattern, *known).parts

@@ -190,6 +190,19 @@ def test_a_row_is_measured_in_processes_of_their_own_and_failures_are_told():
     assert failed["failed"].startswith("ValueError: ")
     assert Bar("time", 1, 0, 1).value([ours, dense, failed]) > 0
     assert Bar("time", 1, 0, 2).value([ours, dense, failed]) is None
+    assert Bar("exponent of time", 1).value([ours, failed]) is None
+
+
+@on_linux
+@with_matplotlib
+@pytest.mark.skipif(find_spec("tqdm") is None, reason="the bar needs tqdm, of the extra [bench]")
+@pytest.mark.parametrize(("pattern", "status"), [("Local(16)", 0), ("Nothing(1)", 1)])
+def test_the_program_fails_if_a_contender_does(pattern, status, tmp_path, monkeypatch):
+    row = Row("tiny", (Job(TF, pattern, 64),))
+    monkeypatch.setattr("benchmarks.__main__.cpu_rows", lambda shrink: [row])
+    assert main(["--rounds", "1", "--out", str(tmp_path)]) == status
+    measured = json.loads((tmp_path / "benchmarks.json").read_text())["rows"]["tiny"]
+    assert ("failed" in measured["measurements"][0]) == bool(status)
 
 
 @on_linux
@@ -217,5 +230,5 @@ def test_wrong_arguments(arguments, message, capsys):
 
 @on_linux
 def test_rows_are_listed_and_chosen(capsys):
-    main(["--list", "--only", "forward, Atrous"])
+    assert main(["--list", "--only", "forward, Atrous"]) == 0
     assert capsys.readouterr().out == "forward, Atrous(64), n = 4096\n"

@@ -39,8 +39,9 @@ class MultiHeadAttention(keras.layers.Layer):
         kernel_regularizer, bias_regularizer, activity_regularizer: likewise.
         kernel_constraint, bias_constraint: likewise.
         seed: an int, for dropout.
-        max_score_bytes: an int: scores beyond it are not kept for the backward
-            pass but worked out again, as in `sparse_attention`.
+        max_score_bytes: an int: if the scores of this layer take more, they are
+            not kept for the backward pass but worked out again. See
+            `sparse_attention`, also for an unknown length or batch.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Call arguments:
