@@ -49,3 +49,14 @@ def test_its_picture_and_links_are_there():
     local = [target for target in targets if "://" not in target]
     assert local
     assert all((root / target).exists() for target in local)
+
+
+def test_its_ratios_are_those_of_the_benchmark():
+    def cells(text):
+        return [tuple(x.strip() for x in line.split("|")[1:5]) for line in text.splitlines()]
+
+    speed = re.search(r"^## Speed\n(.*?)^## ", README, re.DOTALL | re.MULTILINE).group(1)
+    ratios = [row for row in cells(speed) if len(row) == 4 and "n = " in row[0]]
+    page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+    assert len(ratios) > 5
+    assert set(ratios) <= set(cells(page.read_text(encoding="utf-8")))
