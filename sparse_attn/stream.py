@@ -223,9 +223,8 @@ class _Cut:
         start = None
         if run.keys is not None:
             start = run.k_start - self.k_start + piece.chunk * run.key_step
-        return run.layout.split_keys(self._slice(x, piece, start, run.keys), run.queries or self.n)[
-            0
-        ]
+        rows = self._slice(x, piece, start, run.keys)
+        return run.layout.split_keys(rows, run.queries or self.n)[0]
 
     def from_queries(self, piece, tile):
         """The inverse of `queries`, for one piece."""
