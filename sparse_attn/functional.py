@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import operator
 
 import keras
 import numpy as np
@@ -33,6 +32,7 @@ from sparse_attn.stream import (
     MAX_SCORE_BYTES,
     Mask,
     Schedule,
+    allowed_by,
     attend_tiles,
     schedule,
     score_bytes,
@@ -324,8 +324,7 @@ def attention_weights(
     )
     (q,), (k,) = dense.split_queries(query), dense.split_keys(key, n)
     scores = einsum(q, k, "b h t i d, b h t j d -> b h t i j")
-    terms = [mask.function(*mask.tensors) for mask in tiles.masks[0]]
-    mask = functools.reduce(operator.and_, terms) if terms else None
+    mask = allowed_by(tiles.masks[0]) if tiles.masks[0] else None
     weights = rearrange(masked_softmax(scores, mask), "b h 1 i j -> b i h j")
     return rearrange(zero_masked(weights, query_mask), "b i h j -> b h i j")
 

@@ -54,7 +54,8 @@ def zero_masked(x, mask):
 
     Args:
         x: a tensor `(*mask_shape, ...)`.
-        mask: a bool tensor of its leading axes, or `None` to change nothing.
+        mask: a bool tensor of its leading axes, some perhaps of size 1, or `None`
+            to change nothing.
     """
     if mask is None:
         return x

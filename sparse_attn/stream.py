@@ -7,7 +7,8 @@ pass. Otherwise the pieces run one after another, and the backward pass works
 the weights of each out again, so that the scores of few pieces exist at a time.
 
 The backward pass is written out: nothing of the size of the scores is kept but
-the weights, and no framework differentiates through the pieces.
+the weights, and a framework differentiates through the pieces only for second
+derivatives.
 """
 
 import operator
@@ -21,7 +22,7 @@ from keras import ops
 
 from sparse_attn.attend import average, gradients, log_sum_exp, weigh
 from sparse_attn.layouts import Run, crop, sum_rows, take
-from sparse_attn.masking import additive_mask, wide
+from sparse_attn.masking import additive_mask, wide, zero_masked
 from sparse_attn.tracing import (
     AT_ONCE,
     after,
@@ -80,6 +81,11 @@ class Mask:
 
     function: object
     tensors: tuple
+
+
+def allowed_by(masks, share=lambda tensor: tensor):
+    """The pairs that all of some masks allow, at a share of their tensors."""
+    return reduce(operator.and_, [mask.function(*map(share, mask.tensors)) for mask in masks])
 
 
 def attend_tiles(
@@ -372,7 +378,7 @@ class _Pieces:
         if self.keep:
             self.kept[piece.number] = weighed
         weights, drop, answered = weighed
-        out = _zero(average(drop(weights), value), answered)
+        out = zero_masked(average(drop(weights), value), answered)
         return (self.cut.from_queries(piece, _pack(out, lse)),)
 
     def backward(self, packed, d_packed):
@@ -399,7 +405,7 @@ class _Pieces:
             (weights, drop, answered), _ = self._weigh(piece, query, key)
         d_out, delta = (self.cut.queries(piece, x) for x in (d_out, delta))
         d_query, d_key, d_value, d_scores = gradients(
-            query, key, value, weights, drop, _zero(d_out, answered), delta
+            query, key, value, weights, drop, zero_masked(d_out, answered), delta
         )
         if self.bias:  # it comes with pieces of whole runs
             d_bias.append(_sum_to(d_scores, self.bias[piece.run_index]))
@@ -439,8 +445,7 @@ class _Pieces:
         return self.tables[place]
 
     def _make_mask(self, piece, masks):
-        terms = [mask.function(*[self.cut.tile(piece, x) for x in mask.tensors]) for mask in masks]
-        allowed = reduce(operator.and_, terms)
+        allowed = allowed_by(masks, partial(self.cut.tile, piece))
         answered = ops.any(allowed, axis=-1, keepdims=True) if self.zero_unanswered else None
         return [additive_mask(allowed, self.score_dtype)], answered
 
@@ -466,11 +471,6 @@ class _Seed(keras.random.SeedGenerator):
 
     def next(self, ordered=True):
         return ops.cast(self.seed, "uint32") if keras.backend.backend() == "jax" else self.seed
-
-
-def _zero(x, answered):
-    """`x` with zeros where a query has no answer."""
-    return x if answered is None else ops.where(answered, x, ops.zeros((), x.dtype))
 
 
 def _join(tensors, axis):
