@@ -114,13 +114,15 @@ def markdown(results, images):
         summary(results, bars=False),
         "## Growth",
         f"Of `{LOCAL}` where nothing else is said. Memory is what a process has above that before "
-        "its first call; compiling counts. A slope is the exponent of n.",
+        "its first call; compiling counts. A slope is the exponent of n. A curve ends where memory "
+        "or patience would: a long one has three turns, whose times spread more.",
         *[f"![{what} against n]({image})" for what, image in images.items()],
         slopes(results),
         "## Measurements",
-        "Milliseconds of a call; useful GFLOP/s, in which masked pairs do not count; MB at the "
-        "peak of the whole process, and above its start (on a GPU, of the GPU's memory); the "
-        "largest error of a row, beside a typical row.",
+        "Milliseconds of a call; useful GFLOP/s, in which masked pairs do not count and training "
+        "counts as 3.5 forward passes, as if scores were always computed twice (kept weights need "
+        "3); MB at the peak of the whole process, and above its start (on a GPU, of its memory); "
+        "the largest error of a row, beside a typical row.",
         *[f"### {name}\n\n{_measurements(name, row)}" for name, row in rows.items()],
         "## Contenders",
         _contenders(rows),

@@ -81,7 +81,7 @@ def check_tensor(name, x, kind, *shapes):
         ValueError: if `x` has none of the shapes.
     """
     if kind not in str(x.dtype):
-        dtype = getattr(x.dtype, "name", x.dtype)
+        dtype = getattr(x.dtype, "name", str(x.dtype).removeprefix("torch."))
         raise TypeError(f"`{name}` must be {_KINDS[kind]}. Received: {name}.dtype={dtype}")
     found = tuple(x.shape)
     if shapes and not any(_fits(found, shape) for shape in shapes):

@@ -83,8 +83,8 @@ def sparse_attention(
         query_positions: where the queries are not at `0, 1, 2, ...`: an int,
             the position of the first of them, or `(n,)` non-negative ints.
             For a decoder, whose few queries stand at the end of many keys.
-            The keys of each query are gathered, or scored densely where that
-            moves less memory.
+            The keys of each query are gathered, or scored densely where fewer
+            numbers are moved so.
         dropout: the share of weights to drop, in [0, 1).
         seed: an int or a `keras.random.SeedGenerator`, for dropout.
         return_lse: whether to return the log-sum-exp as well.
@@ -144,7 +144,7 @@ def sparse_attention(
         parts = plan_at(pattern, q_pos, n, m, query.shape[-1]).parts
 
     need_lse = return_lse or len(parts) > 1
-    schedules = _schedules(parts, query, n, m, bias is not None, max_score_bytes)
+    schedules = _schedules(parts, query, value, n, m, bias is not None, max_score_bytes)
     seeds = _seeds(schedules, query, seed) if dropout else [None] * len(parts)
     found = []
     for part, schedule_, seed_ in zip(parts, schedules, seeds, strict=True):
@@ -156,6 +156,7 @@ def sparse_attention(
     if not found:  # the pattern allows nothing at these lengths
         shape = ops.shape(query)[:3]
         out = ops.zeros((*shape, value.shape[-1]), query.dtype)
+        out = out + _zero_of(query, key, value)
         found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
     out, lse = merge(found)
     if lse is not None:
@@ -168,7 +169,13 @@ def sparse_attention(
     return out, public_lse(lse)
 
 
-def _schedules(parts, query, n, m, has_bias, max_score_bytes):
+def _zero_of(*tensors):
+    """The number 0, whose gradients by these tensors are 0: PyTorch asks for a link to them."""
+    sums = [ops.sum(ops.where(False, x, ops.zeros((), x.dtype))) for x in tensors]
+    return sum(sums[1:], sums[0])
+
+
+def _schedules(parts, query, value, n, m, has_bias, max_score_bytes):
     """How each part is worked off: in small pieces, and streamed if all are too much to keep."""
     batch, _, heads, _ = query.shape
     if not (isinstance(n, int) and isinstance(m, int)):  # their size is not known yet
@@ -177,7 +184,8 @@ def _schedules(parts, query, n, m, has_bias, max_score_bytes):
         return [Schedule(part.layout, heads) for part in parts]
     pairs = sum(part.scored_pairs for part in parts)
     streamed = score_bytes(pairs, batch, heads, query.dtype) > max_score_bytes
-    return [schedule(part.layout, batch, heads, query.dtype, streamed) for part in parts]
+    dim = max(query.shape[-1], value.shape[-1])
+    return [schedule(part.layout, batch, heads, dim, query.dtype, streamed) for part in parts]
 
 
 def _seeds(schedules, query, seed):
@@ -342,10 +350,14 @@ def _check_tensors(query, key, value):
                 f"`{name}` must be a tensor or an array; in a functional model use a layer of "
                 f"`sparse_attn.layers`, or call this inside of your own layer. Received: {x!r}"
             )
-        x = ops.convert_to_tensor(x)
-        tensors.append(check_tensor(name, x, "float", (None,) * 4))
+        tensors.append(check_tensor(name, _to_tensor(name, x), "float", (None,) * 4))
     query, key, value = tensors
     b, _, h, d = query.shape
+    if 0 in (h, d):
+        requirement = "at least one head and one feature"
+        raise ValueError(
+            f"`query` must have {requirement}. Received: query.shape={tuple(query.shape)}"
+        )
     check_tensor("key", key, "float", (b, None, h, d))
     check_tensor("value", value, "float", (b, key.shape[1], h, None))
     for name, x in (("key", key), ("value", value)):
@@ -356,6 +368,12 @@ def _check_tensors(query, key, value):
     return query, key, value, ops.shape(query)[1], ops.shape(key)[1]
 
 
+def _to_tensor(name, x):
+    if x is None or isinstance(x, (str, bytes)):
+        raise TypeError(received(name, "a tensor or an array of numbers", x))
+    return ops.convert_to_tensor(x)
+
+
 def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
     b, n, h, _ = query.shape
     m = key.shape[1]
@@ -364,7 +382,11 @@ def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
     key_mask = check_mask("key_mask", key_mask, (b, m))
     attention_mask = _four_axes(check_mask("attention_mask", attention_mask, *pairs))
     if bias is not None:
-        bias = ops.cast(ops.convert_to_tensor(bias), wide(query.dtype))
+        bias = _to_tensor("bias", bias)
+        if "bool" in str(bias.dtype):
+            requirement = "numbers; to forbid pairs give `attention_mask`"
+            raise TypeError(f"`bias` must be {requirement}. Received: bias.dtype=bool")
+        bias = ops.cast(bias, wide(query.dtype))
         bias = _four_axes(check_tensor("bias", bias, "float", *pairs))
     return query_mask, key_mask, attention_mask, bias
 
@@ -376,10 +398,15 @@ def _four_axes(x):
 
 
 def _check_positions(positions, known_n, n):
-    if isinstance(positions, (int, float)):
+    if isinstance(positions, (int, float, np.generic)):
         positions = check_int("query_positions", positions, minimum=0)
-    if isinstance(positions, (int, list, tuple, np.ndarray)):  # its values are at hand
+        if positions + (known_n or 1) > 2**31:
+            requirement = "in [0, 2**31), up to the last query"
+            raise ValueError(received("query_positions", requirement, positions))
+    elif isinstance(positions, (list, tuple, np.ndarray)):  # its values are at hand
         values = np.asarray(positions)
+        if values.dtype.kind not in "biuf":
+            raise TypeError(received("query_positions", "an int or an array of ints", positions))
         if values.size and not (values.min() >= 0 and values.max() < 2**31):
             raise ValueError(received("query_positions", "in [0, 2**31)", positions))
     positions = ops.convert_to_tensor(positions)

@@ -15,6 +15,7 @@ Every layout has
   several tiles say of a key is added up;
 - `pads_keys`: whether a tile may hold keys that are only padding;
 - `scored_pairs`: how many pairs of positions its tiles hold;
+- `copies`: how many copies of keys it makes for each of them;
 - `distances`: for each run, the least and the greatest `k - q` in its tiles;
 - `sample(q_pos, k_pos)`: for each run the positions `(1, i, 1)` and `(1, 1, j)`
   of one tile without padding, whose distances are those of every tile; `None`
@@ -22,6 +23,12 @@ Every layout has
 - `at(n, m)`: the layout once the lengths are there, as tensors perhaps;
 - `cut(pairs)`: the same layout in runs whose chunks hold about that many pairs;
 - `runs()`: the runs, one for each tensor in the list of tiles.
+
+The layout of a run has, beside these,
+
+- `of_chunk(chunk)`: the layout of one of its chunks;
+- `tile(x, chunk, count)`: a chunk's share of tiles `(b, h, t|1, i|1, j)` of
+  all `count` chunks.
 
 Lengths may be unknown (`None`): then all sizes follow from the tensors.
 """
@@ -34,6 +41,8 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange
 from keras import ops
+
+from sparse_attn.tracing import sum_segments
 
 # Sizes of tiles. The row "tiles" of the benchmark compares them with their halves and doubles.
 WIDTH_FACTOR = 64  # the width of a tile is the root of this many times its band's
@@ -96,7 +105,7 @@ class Run:
     rows from `k_start + c * key_step` on; rows beyond the ends are zero.
 
     Args:
-        layout: how one chunk is cut into tiles.
+        layout: how a chunk is cut into tiles: its `of_chunk`.
         queries, keys: rows of a chunk, or `None` for all there are.
         q_start, k_start: rows where the first chunk begins.
         key_step: `queries`, or 0 if all chunks meet the same keys.
@@ -114,7 +123,7 @@ class Run:
     @property
     def scored_pairs(self):
         """Pairs of positions in the tiles of a chunk."""
-        return self.layout.scored_pairs
+        return self.layout.of_chunk(0).scored_pairs
 
     @property
     def shares_keys(self):
@@ -140,17 +149,7 @@ class Run:
 
     def tile(self, x, chunk):
         """A chunk's share of tiles `(b, h, t|1, i|1, j)` of all chunks."""
-        if self.count == 1:
-            return x
-        if self.shares_keys:  # they are of the same tiles, and of other queries
-            rows = x.shape[3] // self.count
-            return x if x.shape[3] == 1 else take(x, chunk * rows, rows, axis=3)
-        if x.shape[2] == 1:
-            return x
-        x = rearrange(x, "b h (r t) i j -> b h r t i j", r=self.layout.rate)
-        blocks = x.shape[3] // self.count
-        x = take(x, chunk * blocks, blocks, axis=3)
-        return rearrange(x, "b h r t i j -> b h (r t) i j")
+        return x if self.count == 1 else self.layout.tile(x, chunk, self.count)
 
 
 @dataclass(frozen=True)
@@ -214,9 +213,24 @@ class Halo:
         count = self._num_blocks(self.n) // self.chunk
         return (Run(inner, inner.n, keys, 0, self.first * self.rate, inner.n, count),)
 
+    def of_chunk(self, chunk):
+        return self
+
+    def tile(self, x, chunk, count):
+        if x.shape[2] == 1:
+            return x
+        x = rearrange(x, "b h (r t) i j -> b h r t i j", r=self.rate)
+        blocks = x.shape[3] // count
+        x = take(x, chunk * blocks, blocks, axis=3)
+        return rearrange(x, "b h r t i j -> b h (r t) i j")
+
     @property
     def pads_keys(self):
         return True
+
+    @property
+    def copies(self):
+        return 1 / self.width
 
     @property
     def scored_pairs(self):
@@ -353,6 +367,18 @@ class Stairs:
             runs.append(Run(inner, *sizes, count=count))
         return tuple(runs)
 
+    def of_chunk(self, chunk):
+        return self
+
+    def tile(self, x, chunk, count):
+        """Chunks are of the same tiles and of other queries."""
+        rows = x.shape[3] // count
+        return x if x.shape[3] == 1 else take(x, chunk * rows, rows, axis=3)
+
+    @property
+    def copies(self):
+        return 0
+
     @property
     def pads_keys(self):
         if not isinstance(self.rate, int) or self.m is None:
@@ -406,60 +432,95 @@ class Stairs:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """One tile a query: its keys are gathered by index. For queries at any position.
+class Gather:
+    """Tiles whose keys are gathered: a block of queries meets the blocks of keys in its list.
 
     Args:
-        index: `(n, j)` int tensor: the keys that each query meets; a number
-            outside of `[0, m)` is no key.
+        index: `(t, j)` ints, an array or a tensor: for each block of queries the
+            numbers of its blocks of keys; one that does not exist is no key.
+        queries: rows in a block of queries.
+        keys: rows in a block of keys.
+        chunk: blocks of queries in a chunk, or `None` for all of them.
     """
 
     index: object
+    queries: int = 1
+    keys: int = 1
+    chunk: int | None = None
 
     def at(self, n, m):
         return self
 
     def cut(self, pairs):
-        return self
+        blocks, listed = self.index.shape
+        chunk = max(1, pairs // (self.queries * self.keys * max(1, listed)))
+        chunk = _blocks(blocks, _blocks(blocks, chunk))  # even chunks
+        if chunk >= blocks:
+            return self
+        missing = _blocks(blocks, chunk) * chunk - blocks
+        index = ops.pad(
+            ops.convert_to_tensor(self.index), ((0, missing), (0, 0)), constant_values=-1
+        )
+        return replace(self, index=index, chunk=chunk)
+
+    def runs(self):
+        if self.chunk is None:
+            return (Run(self),)
+        count = self.index.shape[0] // self.chunk
+        return (Run(self, queries=self.chunk * self.queries, count=count),)
+
+    def of_chunk(self, chunk):
+        if self.chunk is None:
+            return self
+        index = take(self.index, chunk * self.chunk, self.chunk, axis=0)
+        return replace(self, index=index, chunk=None)
+
+    def tile(self, x, chunk, count):
+        return x if x.shape[2] == 1 else take(x, chunk * self.chunk, self.chunk, axis=2)
 
     def sample(self, q_pos, k_pos):
         return None
-
-    def runs(self):
-        return (Run(self),)
-
-    @property
-    def scored_pairs(self):
-        return math.prod(self.index.shape)
 
     @property
     def pads_keys(self):
         return True
 
+    @property
+    def copies(self):
+        return 1 / self.queries
+
+    @property
+    def scored_pairs(self):
+        return math.prod(self.index.shape) * self.queries * self.keys
+
     def split_queries(self, x):
-        return [rearrange(x, "b n h d -> b h n 1 d")]
+        x = crop(x, 0, ops.shape(self.index)[0] * self.queries)
+        return [rearrange(x, "b (t i) h d -> b h t i d", i=self.queries)]
 
     def split_keys(self, x, n):
-        index, inside = self._inside(ops.shape(x)[1])
-        x = ops.take(x, index, axis=1)
-        x = ops.where(inside[None, :, :, None, None], x, ops.zeros((), x.dtype))
-        return [rearrange(x, "b n j h d -> b h n j d")]
+        blocks = _blocks(ops.shape(x)[1], self.keys)
+        x = crop(x, 0, (blocks + 1) * self.keys)  # the last is what is no key
+        x = rearrange(x, "b (u w) h d -> b h u (w d)", w=self.keys)
+        x = ops.take(x, self._numbers(blocks), axis=2)
+        return [rearrange(x, "b h t j (w d) -> b h t (j w) d", w=self.keys)]
 
     def sum_keys(self, tiles, n, m):
-        index, inside = self._inside(m)
-        batch, heads, _, _, dim = ops.shape(tiles[0])
-        x = rearrange(tiles[0], "b h n j d -> (n j) (b h d)")
-        inside, index = (rearrange(y, "n j -> (n j)") for y in (inside, index))
-        x = ops.where(inside[:, None], x, ops.zeros((), x.dtype))
-        x = ops.segment_sum(x, index, num_segments=m)
-        return ops.transpose(ops.reshape(x, (m, batch, heads, dim)), (1, 0, 2, 3))
+        blocks = _blocks(m, self.keys)
+        batch, heads = ops.shape(tiles[0])[:2]
+        x = rearrange(tiles[0], "b h t (j w) d -> (b h t j) (w d)", w=self.keys)
+        starts = (blocks + 1) * ops.arange(batch * heads, dtype="int32")
+        numbers = rearrange(self._numbers(blocks), "t j -> (t j)")
+        numbers = ops.reshape(starts[:, None] + numbers[None, :], (-1,))
+        x = sum_segments(x, numbers, batch * heads * (blocks + 1))
+        x = rearrange(x, "(b h u) (w d) -> b (u w) h d", b=batch, h=heads, w=self.keys)
+        return crop(x, 0, m)
 
-    def _inside(self, m):
-        inside = (self.index >= 0) & (self.index < m)
-        return ops.where(inside, self.index, 0), inside
+    def _numbers(self, blocks):
+        index = ops.cast(self.index, "int32")
+        return ops.where((index >= 0) & (index < blocks), index, blocks)
 
     def join(self, tiles, n):
-        return rearrange(tiles[0], "b h n 1 d -> b n h d")
+        return crop(rearrange(tiles[0], "b h t i d -> b (t i) h d"), 0, n)
 
 
 def _as_rows(positions):
@@ -568,7 +629,7 @@ def band_rows(left, right, rate, q_pos, m):
         m: number of keys, int or int tensor.
 
     Returns:
-        An `(n, j)` index for `Rows`, or `None` if the band has all keys.
+        An `(n, j)` index for `Gather`, or `None` if the band has all keys.
     """
     if left is not None and right is not None:
         return q_pos[:, None] + ops.arange(-left, right + 1, rate, dtype=q_pos.dtype)[None, :]
@@ -578,5 +639,5 @@ def band_rows(left, right, rate, q_pos, m):
 
 
 def block_rows(size, q_pos):
-    """The keys in the blocks of queries at any positions: an `(n, size)` index for `Rows`."""
+    """The keys in the blocks of queries at any positions: an `(n, size)` index for `Gather`."""
     return (q_pos // size * size)[:, None] + ops.arange(size, dtype=q_pos.dtype)[None, :]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from sparse_attn.checks import check_int
 from sparse_attn.layouts import (
     NOMINAL_LENGTH,
-    Rows,
+    Gather,
     band_layout,
     band_rows,
     block_layout,
@@ -181,8 +181,8 @@ def plan_at(pattern, q_pos, n, m, dim):
         dim: int, features of a key.
 
     Returns:
-        A `Plan`. Each query's keys are gathered, or scored densely where that
-        moves less memory or where a length is unknown and the pattern unbounded.
+        A `Plan`. Each query's keys are gathered, or scored densely where fewer
+        numbers are moved so, or where a length is unknown and the pattern unbounded.
     """
     check_pattern("pattern", pattern)
     pattern.check_lengths(None, m if isinstance(m, int) else None)
@@ -203,7 +203,7 @@ def _layout_at(bound, q_pos, n, m):
         index = block_rows(bound.size, q_pos)
     else:
         index = band_rows(bound.left, bound.right, bound.rate, q_pos, m)
-    return _dense_at(n, m) if index is None else Rows(index)
+    return _dense_at(n, m) if index is None else Gather(index)
 
 
 def _dense_at(n, m, keys=Band()):  # noqa: B008 - a pattern never changes
@@ -213,7 +213,7 @@ def _dense_at(n, m, keys=Band()):  # noqa: B008 - a pattern never changes
 
 def _moved(layout, m, dim):
     """Numbers that a layout makes for a head: copies of keys, and scores."""
-    if isinstance(layout, Rows):
+    if isinstance(layout, Gather):
         return layout.scored_pairs * (dim + 1)
     return layout.scored_pairs + m * dim
 

@@ -65,9 +65,20 @@ def score_bytes(pairs, batch, heads, dtype):
     return batch * heads * pairs * (8 if wide(dtype) == "float64" else 4)
 
 
-def schedule(layout, batch, heads, dtype, streamed=False):
-    """A `Schedule` in pieces of about `PIECE_BYTES` of scores, for a layout of known lengths."""
-    pair = max(1, score_bytes(1, 1 if streamed else batch, 1, dtype))  # 0 if the batch is empty
+def schedule(layout, batch, heads, dim, dtype, streamed=False):
+    """A `Schedule` in pieces of about `PIECE_BYTES`, for a layout of known lengths.
+
+    Args:
+        layout: a layout.
+        batch: int, or `None` while it is unknown.
+        heads: int.
+        dim: features of a key or a value, whichever has more of them.
+        dtype: that of the queries.
+        streamed: whether the pieces run in a loop.
+    """
+    # What is largest in a piece: its scores, or the copies of its keys.
+    pair = score_bytes(1, 1 if streamed else batch, 1, dtype) * max(1, layout.copies * dim)
+    pair = max(1, int(pair))  # 0 if the batch is empty
     # To cut costs copies where chunks meet: a single head may take twice as much.
     layout = layout.cut(max(1, 2 * PIECE_BYTES // pair))
     largest = pair * max(run.scored_pairs for run in layout.runs())
@@ -191,6 +202,10 @@ class _Piece:
     group: object
     number: object
 
+    @property
+    def layout(self):
+        return self.run.layout.of_chunk(self.chunk)
+
 
 class _Cut:
     """A schedule at the sizes of a call: from tensors to pieces, and back.
@@ -207,6 +222,7 @@ class _Cut:
         # Chunks may reach beyond the ends: padding, so that they can be sliced.
         parts = [run for run in self.runs if run.queries is not None]
         self.q_rows = max((x.q_start + x.count * x.queries for x in parts), default=self.n)
+        parts = [run for run in parts if run.keys is not None]
         self.k_start = min((x.k_start for x in parts), default=0)
         ends = [x.k_start + (x.count - 1) * x.key_step + x.keys for x in parts]
         self.k_rows = max(ends, default=self.m) - self.k_start
@@ -222,7 +238,7 @@ class _Cut:
     def queries(self, piece, x):
         run = piece.run
         start = None if run.queries is None else run.q_start + piece.chunk * run.queries
-        return run.layout.split_queries(self._slice(x, piece, start, run.queries))[0]
+        return piece.layout.split_queries(self._slice(x, piece, start, run.queries))[0]
 
     def keys(self, piece, x):
         run = piece.run
@@ -230,16 +246,16 @@ class _Cut:
         if run.keys is not None:
             start = run.k_start - self.k_start + piece.chunk * run.key_step
         rows = self._slice(x, piece, start, run.keys)
-        return run.layout.split_keys(rows, run.queries or self.n)[0]
+        return piece.layout.split_keys(rows, run.queries or self.n)[0]
 
     def from_queries(self, piece, tile):
         """The inverse of `queries`, for one piece."""
-        return piece.run.layout.join([tile], piece.run.queries or self.n)
+        return piece.layout.join([tile], piece.run.queries or self.n)
 
     def from_keys(self, piece, tile):
         """The adjoint of `keys`, for one piece."""
         run = piece.run
-        return run.layout.sum_keys([tile], run.queries or self.n, run.keys or self.m)
+        return piece.layout.sum_keys([tile], run.queries or self.n, run.keys or self.m)
 
     def tile(self, piece, x):
         """The piece's share of tiles `(b|1, h|1, t|1, i|1, j)` that lie at all pieces."""
@@ -294,7 +310,8 @@ class _Cut:
 
     def _unroll(self, body, index, before, latest):
         """The pieces of a run one by one: tensors `(b, c, i, h, d)`."""
-        run, chunks = self.runs[index], []
+        run = self.runs[index]
+        rows, keys, sums = [], [], []
         for chunk in range(run.count):
             found = []
             for group in range(self.groups):
@@ -302,8 +319,14 @@ class _Cut:
                 with after(latest[0]):
                     found.append(body(_Piece(run, index, None, chunk, group, number)))
                 latest.append(found[-1])
-            chunks.append([_join(tensors, axis=2) for tensors in zip(*found, strict=True)])
-        return [ops.stack(tensors, axis=1) for tensors in zip(*chunks, strict=True)]
+            of_queries, *of_keys = [_join(x, axis=2) for x in zip(*found, strict=True)]
+            rows.append(of_queries)
+            if run.count > 1 and run.shares_keys:
+                sums = _add(sums, of_keys)
+            else:
+                keys.append(of_keys)
+        found = [ops.stack(x, axis=1) for x in (rows, *zip(*keys, strict=True))]
+        return found + [ops.cast(x, rows[0].dtype)[:, None] for x in sums]
 
     def _stream(self, body, index, before):
         """The pieces of a run in a loop: tensors `(b, c, i, h, d)`."""
@@ -325,13 +348,12 @@ class _Cut:
                 queries, *keys = at(x // groups, chunk, x % groups)
                 rows, *sums = so_far
                 rows = ops.slice_update(rows, (0, chunk * run.queries, 0, 0), queries)
-                pairs = zip(sums, keys, strict=True)
-                return [rows, *[total + ops.cast(y, total.dtype) for total, y in pairs]]
+                return [rows, *_add(sums, keys)]
 
             queries, *keys = at(x // groups, 0, x % groups)
             rows = crop(queries, 0, run.count * run.queries)
-            sums = [ops.cast(y, wide(y.dtype)) for y in keys]
-            rows, *sums = fold_range(unconverted(add), run.count, [rows, *sums])
+            first = [rows, *_add([], keys)]
+            rows, *sums = fold_range(unconverted(add), run.count, first)
             return [rows, *[ops.cast(total, rows.dtype) for total in sums]]
 
         sizes = {"c": run.count, "g": groups}
@@ -471,6 +493,13 @@ class _Seed(keras.random.SeedGenerator):
 
     def next(self, ordered=True):
         return ops.cast(self.seed, "uint32") if keras.backend.backend() == "jax" else self.seed
+
+
+def _add(sums, tensors):
+    """Add tensors to their sums so far, of which there are none at first, in float32 or wider."""
+    if not sums:
+        return [ops.cast(x, wide(x.dtype)) for x in tensors]
+    return [total + ops.cast(x, total.dtype) for total, x in zip(sums, tensors, strict=True)]
 
 
 def _join(tensors, axis):

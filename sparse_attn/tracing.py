@@ -38,6 +38,19 @@ def unlinked(tensor):
     return tensor.detach() if keras.backend.backend() == "torch" else tensor
 
 
+def sum_segments(x, numbers, count):
+    """`ops.segment_sum`, which on PyTorch would give float32 whatever it got.
+
+    Args:
+        x: `(rows, d)`.
+        numbers: `(rows,)` ints in `[0, count)`: the segment of each row.
+        count: int or int tensor.
+    """
+    if keras.backend.backend() != "torch":
+        return ops.segment_sum(x, numbers, num_segments=count)
+    return x.new_zeros((count, x.shape[1])).index_add(0, numbers, x)
+
+
 def after(tensors):
     """A context in which operations wait until `tensors` are there.
 

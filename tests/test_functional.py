@@ -521,7 +521,7 @@ BAD = [
     (
         lambda: sparse_attention(Q, K, V, Full(), query_positions=2**32 + 3),
         ValueError,
-        r"`query_positions` must be in \[0, 2\*\*31\). Received: query_positions=4294967299",
+        r"`query_positions` must be in \[0, 2\*\*31\), .* Received: query_positions=4294967299",
     ),
     (
         lambda: sparse_attention(Q, K, V, Full(), query_positions=-1),
@@ -532,6 +532,51 @@ BAD = [
         lambda: sparse_attention(Q, K, V, Full(), query_positions=np.arange(5)),
         ValueError,
         r"`query_positions` must have shape \(\) or \(6\). .*shape=\(5,\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_positions=np.int64(-5)),
+        ValueError,
+        r"`query_positions` must be a non-negative int",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_positions=2**31 - 1),
+        ValueError,
+        r"`query_positions` must be in \[0, 2\*\*31\), up to the last query",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_positions=[None] * 6),
+        TypeError,
+        "`query_positions` must be an int or an array of ints",
+    ),
+    (
+        lambda: sparse_attention(None, K, V, Full()),
+        TypeError,
+        "`query` must be a tensor or an array of numbers. Received: query=None",
+    ),
+    (
+        lambda: sparse_attention(Q, "a", V, Full()),
+        TypeError,
+        "`key` must be a tensor or an array of numbers. Received: key='a'",
+    ),
+    (
+        lambda: sparse_attention(Q[:, :, :0], K[:, :, :0], V[:, :, :0], Full()),
+        ValueError,
+        r"`query` must have at least one head and one feature. .*shape=\(\d, 6, 0, 4\)",
+    ),
+    (
+        lambda: sparse_attention(Q[..., :0], K[..., :0], V, Full()),
+        ValueError,
+        r"`query` must have at least one head and one feature. .*shape=\(\d, 6, 2, 0\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), bias=np.zeros((6, 7), bool)),
+        TypeError,
+        "`bias` must be numbers; to forbid pairs give `attention_mask`. .*dtype=bool",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), bias="x"),
+        TypeError,
+        "`bias` must be a tensor or an array of numbers. Received: bias='x'",
     ),
     (
         lambda: sparse_attention(Q, K, V, Full(), query_positions=np.ones(6)),

@@ -14,7 +14,8 @@ ALLOWED = {
     "pictures": {"itertools", "numpy"},
     "patterns": {"abc", "dataclasses", "functools", "operator", "numpy", "checks", "pictures"},
     "expressions": {"ast", "patterns"},
-    "layouts": {"itertools", "math", "dataclasses", "typing", "numpy", "einops", "keras"},
+    "layouts": {"itertools", "math", "dataclasses", "typing", "numpy", "einops", "keras"}
+    | {"tracing"},
     "masking": {"keras", "checks"},
     "reference": {"numpy"},
     "plan": {"functools", "itertools", "math", "dataclasses", "numpy", "checks", "layouts"}

@@ -149,6 +149,28 @@ def test_dropout_keeps_the_mean_on_every_path(mode):
     assert abs(np.mean(outs) - 1) < 0.03
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="jax.jit is JAX's; TensorFlow has test_compiled")
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_every_path_equals_oracle_under_jit(pattern, mode):
+    import jax
+
+    masks = random_masks(37, 37)
+    cotangent = np.random.default_rng(3).normal(size=(2, 37, 2, 3)).astype(FLOAT)
+    inputs = random_inputs(37, 37)
+
+    @jax.jit
+    def function(*inputs):
+        out, back = jax.vjp(
+            lambda q, k, v: sparse_attention(q, k, v, pattern, **masks, **mode), *inputs
+        )
+        return out, *back(cotangent)
+
+    expected, _, gradients = dense_attention(*inputs, pattern, **masks, out_grad=cotangent)
+    wanted = {"out": expected, **gradients}
+    for (name, y), x in zip(wanted.items(), function(*inputs), strict=True):
+        close(to_numpy(x), y, name)
+
+
 # ---- Queries without a key, empty batches, second derivatives -----------------
 
 
@@ -177,6 +199,28 @@ def test_an_empty_batch_gives_an_empty_output(pattern, max_score_bytes):
     q, k, v = (x[:0] for x in random_inputs(37, 37))
     out = sparse_attention(q, k, v, pattern, max_score_bytes=max_score_bytes)
     assert tuple(out.shape) == (0, 37, 2, 3)
+
+
+@pytest.mark.parametrize("pattern", [Causal() & ~Local(5), Local(3)], ids=repr)
+def test_gradients_are_0_where_nothing_can_attend(pattern):
+    n = 0 if pattern == Local(3) else 5
+    inputs = random_inputs(5, 5, b=2 if n else 0)
+    cotangents = (np.ones((len(inputs[0]), 5, 2, 3), FLOAT),)
+
+    def function(q, k, v):
+        return (sparse_attention(q, k, v, pattern),)
+
+    (out,), gradients = outputs_and_gradients(function, inputs, cotangents)
+    assert not out.any()
+    for x, gradient in zip(inputs, gradients, strict=True):
+        np.testing.assert_array_equal(gradient, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("pattern", [Local((3, 1)), Causal() & Strided(4), Blocks(4)], ids=repr)
+def test_every_path_takes_query_positions(pattern, mode):
+    positions = np.array([28, 3, 3, 17, 0, 40])
+    masks = random_masks(6, 31)
+    assert_equals_oracle(pattern, 6, 31, query_positions=positions, **masks, **mode)
 
 
 def second_derivative(function, x):
@@ -284,7 +328,7 @@ def test_a_graph_that_is_retained_gives_its_gradient_twice(mode):
 
 
 def test_a_small_call_is_one_piece():
-    found = schedule(band_layout(16, 16, 1, 128, 128), 1, 8, "float32")
+    found = schedule(band_layout(16, 16, 1, 128, 128), 1, 8, 4, "float32")
     assert found.num_pieces(1, 8) == 1
 
 
@@ -302,7 +346,7 @@ def test_a_small_call_is_one_piece():
     ids=repr,
 )
 def test_pieces_are_small_and_hold_what_the_layout_does(layout, streamed):
-    found = schedule(layout, 3, 8, "float32", streamed)
+    found = schedule(layout, 3, 8, 4, "float32", streamed)
     runs = found.layout.runs()
     for run in runs:
         batch = 1 if streamed else 3
