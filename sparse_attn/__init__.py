@@ -5,32 +5,51 @@ import keras as _keras
 from sparse_attn import layers, masking, reference
 from sparse_attn._version import __version__
 from sparse_attn.attend import merge_attention
+from sparse_attn.expressions import kinds as _kinds
 from sparse_attn.expressions import parse_pattern
 from sparse_attn.functional import sparse_attention
 from sparse_attn.patterns import (
     Atrous,
+    Axial,
     Band,
     Blocks,
     Causal,
     Dilated,
+    Fixed,
     Full,
+    Global,
+    Grid,
     Local,
+    Neighborhood,
     Pattern,
     Prefix,
+    Random,
     Strided,
 )
 from sparse_attn.plan import plan
+from sparse_attn.recipes import BigBird, Longformer, PrefixLM, SparseTransformer, StreamingLLM
 
 __all__ = [
     "Atrous",
+    "Axial",
     "Band",
+    "BigBird",
     "Blocks",
     "Causal",
     "Dilated",
+    "Fixed",
     "Full",
+    "Global",
+    "Grid",
     "Local",
+    "Longformer",
+    "Neighborhood",
     "Pattern",
     "Prefix",
+    "PrefixLM",
+    "Random",
+    "SparseTransformer",
+    "StreamingLLM",
     "Strided",
     "__version__",
     "layers",
@@ -43,6 +62,6 @@ __all__ = [
 ]
 
 # Patterns know numpy only; here they are made known to Keras' saving.
-for _kind in Pattern.__subclasses__():
+for _kind in _kinds().values():
     _keras.saving.register_keras_serializable(package="sparse_attn")(_kind)
 del _kind

@@ -2,9 +2,21 @@
 
 import ast
 
-from sparse_attn import patterns
+from sparse_attn import patterns, recipes
 
-_NAMES = {kind.__name__: kind for kind in patterns.Pattern.__subclasses__()}
+
+def kinds():
+    """The patterns of this package by name."""
+    found = {**vars(patterns), **vars(recipes)}
+    abstract = (patterns.Pattern, recipes.Recipe)
+    return {
+        name: kind
+        for name, kind in found.items()
+        if isinstance(kind, type) and issubclass(kind, patterns.Pattern) and kind not in abstract
+    }
+
+
+_NAMES = kinds()
 _OPERATORS = {ast.BitAnd: patterns.And, ast.BitOr: patterns.Or}
 
 

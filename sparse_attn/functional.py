@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from sparse_attn.checks import (
     check_tensor,
     received,
 )
+from sparse_attn.chosen import Chosen
 from sparse_attn.masking import (
     LOWEST,
     MASKED,
@@ -26,8 +28,8 @@ from sparse_attn.masking import (
     wide,
     zero_masked,
 )
-from sparse_attn.patterns import Band, check_pattern
-from sparse_attn.plan import Part, has_surplus, is_stationary, layout, plan, plan_at
+from sparse_attn.patterns import Band, Grid, check_pattern
+from sparse_attn.plan import Part, answers_all, axes_of, has_surplus, period, plan, plan_at
 from sparse_attn.stream import (
     MAX_SCORE_BYTES,
     Mask,
@@ -144,15 +146,23 @@ def sparse_attention(
         parts = plan_at(pattern, q_pos, n, m, query.shape[-1]).parts
 
     need_lse = return_lse or len(parts) > 1
-    schedules = _schedules(parts, query, value, n, m, bias is not None, max_score_bytes)
+    chosen = [[Chosen(x, size) for x, size in ((p.queries, n), (p.keys, m))] for p in parts]
+    need_lse = need_lse or any(queries.ranges is not None for queries, _ in chosen)
+    schedules = _schedules(parts, chosen, query, value, bias is not None, max_score_bytes)
     seeds = _seeds(schedules, query, seed) if dropout else [None] * len(parts)
     found = []
-    for part, schedule_, seed_ in zip(parts, schedules, seeds, strict=True):
-        tiles = _Tiles(part, schedule_.layout, n, m, q_pos, key_mask, attention_mask, bias)
+    for part, (queries, keys), schedule_, seed_ in zip(
+        parts, chosen, schedules, seeds, strict=True
+    ):
+        tiles = _Tiles(part, schedule_.layout, queries, keys, q_pos, key_mask, attention_mask, bias)
         options = {"dropout": dropout, "seeds": seed_, "return_lse": need_lse}
         options["zero_unanswered"] = not (need_lse or tiles.answer_all)
-        out, lse = attend_tiles(schedule_, query, key, value, tiles.masks, tiles.bias, **options)
-        found.append((out, None if lse is None else rearrange(lse, "b n h 1 -> b n h")))
+        q, k, v = queries.pick(query), keys.pick(key), keys.pick(value)
+        out, lse = attend_tiles(schedule_, q, k, v, tiles.masks, tiles.bias, **options)
+        if lse is not None:
+            lse = rearrange(lse, "b n h 1 -> b n h")
+            out, lse = queries.place(out, 0.0), queries.place(lse, LOWEST)
+        found.append((out, lse))
     if not found:  # the pattern allows nothing at these lengths
         shape = ops.shape(query)[:3]
         out = ops.zeros((*shape, value.shape[-1]), query.dtype)
@@ -175,11 +185,12 @@ def _zero_of(*tensors):
     return sum(sums[1:], sums[0])
 
 
-def _schedules(parts, query, value, n, m, has_bias, max_score_bytes):
+def _schedules(parts, chosen, query, value, has_bias, max_score_bytes):
     """How each part is worked off: in small pieces, and streamed if all are too much to keep."""
     batch, _, heads, _ = query.shape
-    if not (isinstance(n, int) and isinstance(m, int)):  # their size is not known yet
-        return [Schedule(part.layout.at(n, m), heads) for part in parts]
+    if not all(isinstance(x.size, int) for pair in chosen for x in pair):  # not known yet
+        layouts = [p.layout.at(q.count, k.count) for p, (q, k) in zip(parts, chosen, strict=True)]
+        return [Schedule(layout, heads) for layout in layouts]
     if has_bias:  # its tiles are laid out anyway
         return [Schedule(part.layout, heads) for part in parts]
     pairs = sum(part.scored_pairs for part in parts)
@@ -210,17 +221,27 @@ class _Tiles:
     """
 
     def __init__(
-        self, part, layout, n, m, q_pos=None, key_mask=None, attention_mask=None, bias=None
+        self,
+        part,
+        layout,
+        queries,
+        keys,
+        q_pos=None,
+        key_mask=None,
+        attention_mask=None,
+        bias=None,
     ):
-        self.part, self.layout = part, layout
-        self.n, self.m, self.shifted = n, m, q_pos is not None
-        self.q_pos = q_pos if self.shifted else ops.arange(n, dtype="int32")
-        self.k_pos = ops.arange(m, dtype="int32")
+        self.part, self.layout, self.queries, self.keys = part, layout, queries, keys
+        self.shifted = q_pos is not None
+        self.q_pos = q_pos if self.shifted else queries.positions
+        self.k_pos = keys.positions
         self.is_restricted = not all(x is None for x in (key_mask, attention_mask, bias))
         self.masks = self._pattern_masks()
-        if key_mask is not None or layout.pads_keys:
-            valid = _as_rows(self.k_pos) >= 0 if key_mask is None else key_mask[:, :, None, None]
-            valid = layout.split_keys(valid, n)
+        if key_mask is not None or layout.pads_keys or not keys.all_exist:
+            valid = _as_rows(self.k_pos) < keys.size
+            if key_mask is not None:
+                valid = valid & keys.pick(key_mask[:, :, None, None])
+            valid = layout.split_keys(valid, queries.count)
             self._restrict([rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in valid])
         self.bias = []
         if attention_mask is not None:
@@ -231,14 +252,22 @@ class _Tiles:
             self.bias = [at_least_lowest(x) for x in tiles]
 
     def _pattern_masks(self):
-        pattern, runs = self.part.pattern, self.layout.runs()
-        if pattern == Band():
+        part, layout = self.part, self.layout
+        runs = layout.runs()
+        surplus = [True] * len(runs) if self.shifted else has_surplus(part, layout)
+        if part.pattern == Band() or not any(surplus):
             return [[] for _ in runs]
-        surplus = [True] * len(runs) if self.shifted else has_surplus(self.part, self.layout)
-        if not any(surplus):
-            return [[] for _ in runs]
-        positions = None
-        if is_stationary(pattern):  # one tile speaks for all
+        is_grid = isinstance(part.pattern, Grid) and part.pattern == part.bound
+        if is_grid and not self.shifted and len(axes_of(layout)) == len(part.pattern.bands):
+            masks = self._axis_masks()
+        else:
+            masks = self._position_masks()
+        return [[mask] if needed else [] for needed, mask in zip(surplus, masks, strict=True)]
+
+    def _position_masks(self):
+        """For each run, the predicate at its tiles' positions, or at those of one for all."""
+        pattern, positions = self.part.pattern, None
+        if self._tiles_are_alike():
             positions = self.layout.sample(self.q_pos, self.k_pos)
         if positions is None:
             positions = self._positions
@@ -246,16 +275,38 @@ class _Tiles:
         def evaluate(q_pos, k_pos):
             return _evaluate(pattern, q_pos[0, 0], k_pos[0, 0])[None, None]
 
-        return [
-            [Mask(evaluate, tuple(x[None, None] for x in pair))] if needed else []
-            for needed, pair in zip(surplus, positions, strict=True)
-        ]
+        return [Mask(evaluate, tuple(x[None, None] for x in pair)) for pair in positions]
+
+    def _tiles_are_alike(self):
+        if self.shifted or self.part.queries is not None or self.part.keys is not None:
+            return False
+        repeats = period(self.part.pattern)
+        return repeats == 1 or (repeats > 1 and self.layout.step % repeats == 0)
+
+    def _axis_masks(self):
+        """For each run, the bands of a grid at the coordinates of one tile: all are alike."""
+        grid, row = self.part.pattern, 1
+        axes = axes_of(self.layout)
+        tables = []
+        for axis, (layout, band) in enumerate(zip(axes, grid.bands, strict=True)):
+            size = None if axis == 0 else grid.sizes[axis - 1]
+            row = math.prod(grid.sizes[axis:])
+            n, m = (-(-x.count // row) if axis == 0 else size for x in (self.queries, self.keys))
+            pairs = layout.sample(ops.arange(n, dtype="int32"), ops.arange(m, dtype="int32"))
+            tables.append([band(q_pos, k_pos)[0] for q_pos, k_pos in pairs])
+        found = []
+        for outer in tables[0]:
+            for (inner,) in tables[1:]:
+                both = outer[:, None, :, None] & inner[None, :, None, :]
+                outer = rearrange(both, "i k j l -> (i k) (j l)")
+            found.append(Mask(_as_it_is, (outer[None, None, None],)))
+        return found
 
     @functools.cached_property
     def _positions(self):
         """`(t, i, 1)` and `(t, 1, j)`: positions are cut as the vectors they belong to are."""
         queries = self.layout.split_queries(_as_rows(self.q_pos))
-        keys = self.layout.split_keys(_as_rows(self.k_pos), self.n)
+        keys = self.layout.split_keys(_as_rows(self.k_pos), self.queries.count)
         return [
             (rearrange(q, "1 1 t i 1 -> t i 1"), rearrange(k, "1 1 t j 1 -> t 1 j"))
             for q, k in zip(queries, keys, strict=True)
@@ -267,7 +318,8 @@ class _Tiles:
 
     def _at_pairs(self, x):
         """A table `(b|1, h|1, n, m)` at each tile's pairs of positions."""
-        rows = self.layout.split_queries(rearrange(x, "b h n m -> b n h m"))
+        rows = self.queries.pick(rearrange(x, "b h n m -> b n h m"))
+        rows = self.layout.split_queries(rows)
         return [
             ops.take_along_axis(tile, k_pos[None, None], axis=-1)
             for tile, (_, k_pos) in zip(rows, self._positions, strict=True)
@@ -276,10 +328,11 @@ class _Tiles:
     @property
     def answer_all(self):
         """Whether every query certainly has a key: its own."""
-        known = isinstance(self.n, int) and isinstance(self.m, int)
-        if self.is_restricted or self.shifted or not known or self.n > self.m:
+        n, m = self.queries.size, self.keys.size
+        known = isinstance(n, int) and isinstance(m, int)
+        if self.is_restricted or self.shifted or not known or n > m:
             return False
-        return is_stationary(self.part.pattern) and bool(self.part.pattern(0, 0))
+        return answers_all(self.part.pattern) is True
 
 
 def _as_it_is(mask):
@@ -321,12 +374,13 @@ def attention_weights(
     check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
     query = query * _scale(query, scale)
-    dense = layout(Band())  # one tile, of all pairs
+    part = Part.of(Band(), pattern, None, None)  # one tile, of all pairs
+    dense = part.layout
     tiles = _Tiles(
-        Part(Band(), pattern, dense),
+        part,
         dense,
-        n,
-        m,
+        Chosen(None, n),
+        Chosen(None, m),
         key_mask=key_mask,
         attention_mask=attention_mask,
     )

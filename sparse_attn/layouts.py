@@ -16,7 +16,11 @@ Every layout has
 - `pads_keys`: whether a tile may hold keys that are only padding;
 - `scored_pairs`: how many pairs of positions its tiles hold;
 - `copies`: how many copies of keys it makes for each of them;
+- `tiles` and `tile_shape`: how many tiles it has, and their `(i, j)`, where all
+  are alike and the lengths known;
 - `distances`: for each run, the least and the greatest `k - q` in its tiles;
+- `step`: how far queries and keys move together from one tile to the next; 0 if
+  there is one tile;
 - `sample(q_pos, k_pos)`: for each run the positions `(1, i, 1)` and `(1, 1, j)`
   of one tile without padding, whose distances are those of every tile; `None`
   if its tiles differ;
@@ -238,8 +242,20 @@ class Halo:
         return self.rate * blocks * self.width * (self.last - self.first)
 
     @property
+    def tiles(self):
+        return self.rate * self._num_blocks(self.n)
+
+    @property
+    def tile_shape(self):
+        return self.width, self.last - self.first
+
+    @property
     def distances(self):
         return ((self.rate * (self.first - self.width + 1), self.rate * (self.last - 1)),)
+
+    @property
+    def step(self):
+        return self.width if isinstance(self.rate, int) and self.rate == 1 else 1
 
     @property
     def _step(self):
@@ -370,6 +386,10 @@ class Stairs:
     def of_chunk(self, chunk):
         return self
 
+    @property
+    def step(self):
+        return 0 if isinstance(self.rate, int) and self.rate == 1 else 1
+
     def tile(self, x, chunk, count):
         """Chunks are of the same tiles and of other queries."""
         rows = x.shape[3] // count
@@ -388,6 +408,15 @@ class Stairs:
     @property
     def scored_pairs(self):
         return self.rate * sum((x.q1 - x.q0) * (x.k1 - x.k0) for x in self._closed_steps())
+
+    @property
+    def tiles(self):
+        return self.rate
+
+    @property
+    def tile_shape(self):
+        (step,) = self._closed_steps()
+        return step.q1 - step.q0, step.k1 - step.k0
 
     @property
     def distances(self):
@@ -429,6 +458,122 @@ class Stairs:
     def join(self, tiles, n):
         x = tiles[0] if len(tiles) == 1 else ops.concatenate(tiles, axis=3)
         return crop(rearrange(x, "b h r u d -> b (u r) h d"), 0, n)
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A grid, axis by axis: `outer` lays out its rows, and `inner` the points of a row.
+
+    A tile is the product of one of each: `t` tiles of `i` rows, with `u` tiles
+    of `k` points in each of them.
+
+    Args:
+        outer: the layout of the first axis.
+        inner: the layout of all others, of a single run.
+        row: points in a row.
+    """
+
+    outer: object
+    inner: object
+    row: int
+
+    def at(self, n, m):
+        return replace(self, outer=self.outer.at(_blocks(n, self.row), _blocks(m, self.row)))
+
+    def cut(self, pairs):
+        return replace(self, outer=self.outer.cut(max(1, pairs // self.inner.scored_pairs)))
+
+    def runs(self):
+        runs = []
+        for run in self.outer.runs():
+            sizes = (run.queries, run.keys, run.q_start, run.k_start, run.key_step)
+            sizes = [None if size is None else size * self.row for size in sizes]
+            runs.append(Run(replace(self, outer=run.layout), *sizes, count=run.count))
+        return tuple(runs)
+
+    def of_chunk(self, chunk):
+        return self
+
+    def tile(self, x, chunk, count):
+        u = 1 if x.shape[2] == 1 else self.inner.tiles
+        k, j = 1 if x.shape[3] == 1 else self.inner.tile_shape[0], x.shape[4]
+        x = rearrange(x, "b h (t u) (i k) j -> b h t i (u k j)", u=u, k=k)
+        x = self.outer.tile(x, chunk, count)
+        return rearrange(x, "b h t i (u k j) -> b h (t u) (i k) j", u=u, k=k, j=j)
+
+    step = 1
+
+    def sample(self, q_pos, k_pos):
+        return None
+
+    @property
+    def tiles(self):
+        return self.outer.tiles * self.inner.tiles
+
+    @property
+    def tile_shape(self):
+        outer, inner = self.outer.tile_shape, self.inner.tile_shape
+        return outer[0] * inner[0], outer[1] * inner[1]
+
+    @property
+    def pads_keys(self):
+        return self.outer.pads_keys or self.inner.pads_keys
+
+    @property
+    def copies(self):
+        return max(self.outer.copies, self.inner.copies)
+
+    @property
+    def scored_pairs(self):
+        return self.outer.scored_pairs * self.inner.scored_pairs
+
+    def split_queries(self, x):
+        return [
+            self._split(tile, x.shape[2], self.inner.split_queries)
+            for tile in self.outer.split_queries(self._rows(x))
+        ]
+
+    def split_keys(self, x, n):
+        return [
+            self._split(tile, x.shape[2], lambda y: self.inner.split_keys(y, self.row))
+            for tile in self.outer.split_keys(self._rows(x), _blocks(n, self.row))
+        ]
+
+    def sum_keys(self, tiles, n, m):
+        heads, points = tiles[0].shape[1], self.inner.tile_shape[1]
+        rows = [
+            self._join(x, points, lambda y: self.inner.sum_keys(y, self.row, self.row))
+            for x in tiles
+        ]
+        x = self.outer.sum_keys(rows, _blocks(n, self.row), _blocks(m, self.row))
+        return self._points(x, heads, m)
+
+    def join(self, tiles, n):
+        heads, points = tiles[0].shape[1], self.inner.tile_shape[0]
+        rows = [self._join(x, points, lambda y: self.inner.join(y, self.row)) for x in tiles]
+        return self._points(self.outer.join(rows, _blocks(n, self.row)), heads, n)
+
+    def _rows(self, x):
+        x = crop(x, 0, _blocks(ops.shape(x)[1], self.row) * self.row)
+        return rearrange(x, "b (y x) h d -> b y 1 (x h d)", x=self.row)
+
+    def _points(self, x, heads, length):
+        x = rearrange(x, "b y 1 (x h d) -> b (y x) h d", x=self.row, h=heads)
+        return crop(x, 0, length)
+
+    def _split(self, rows, heads, split):
+        """Tiles of rows `(b, 1, t, i, (x h d))` to tiles of the grid."""
+        _, _, t, i, _ = ops.shape(rows)
+        x = rearrange(rows, "b 1 t i (x h d) -> (b t i) x h d", x=self.row, h=heads)
+        (x,) = split(x)
+        return rearrange(x, "(b t i) h u k d -> b h (t u) (i k) d", t=t, i=i)
+
+    def _join(self, tile, points, join):
+        """Tiles of the grid to tiles of rows."""
+        _, _, t, i, _ = ops.shape(tile)
+        t, i = t // self.inner.tiles, i // points
+        x = rearrange(tile, "b h (t u) (i k) d -> (b t i) h u k d", t=t, i=i)
+        return rearrange(join([x]), "(b t i) x h d -> b 1 t i (x h d)", t=t, i=i)
 
 
 @dataclass(frozen=True, eq=False)
@@ -477,6 +622,8 @@ class Gather:
 
     def tile(self, x, chunk, count):
         return x if x.shape[2] == 1 else take(x, chunk * self.chunk, self.chunk, axis=2)
+
+    step = 1
 
     def sample(self, q_pos, k_pos):
         return None
@@ -579,25 +726,91 @@ def band_layout(left, right, rate, n=None, m=None):
     stairs = _stairs(left, right, rate, n, m)
     if left is None or right is None:
         return stairs
-    halo = _halo(left, right, rate, n)
+    halo = _halo(left, right, rate, n, _width(left + right + 1))
     return halo if halo.scored_pairs < stairs.scored_pairs else stairs
 
 
-def block_layout(size, n=None):
-    """The layout of blocks of `size` along the diagonal."""
-    return Halo(rate=1, width=size, first=0, last=size, n=n)
+def grid_layout(sizes, bands, n=None, m=None):
+    """The layout of a band along each axis of a grid.
+
+    Args:
+        sizes: the sizes of all axes but the first, ints.
+        bands: for each axis `(left, right, rate)` as in `band_layout`.
+        n, m: numbers of queries and keys, or `None` while unknown.
+    """
+    return _grid_layout(sizes, bands, n, m, several=sum(_is_near(band) for band in bands) > 1)
 
 
-def column_layout(count, n=None, m=None):
-    """The layout in which every query meets the first `count` keys."""
-    return Stairs(1, (Step(0, None, 0, count if m is None else min(count, m)),), n, m)
+def _is_near(band):
+    left, right, _ = band
+    return None not in (left, right) and left + right > 0
 
 
-def _halo(left, right, rate, n):
-    """Tiles wide enough for the matrix product, narrow enough to score few pairs in vain."""
+def _grid_layout(sizes, bands, n, m, several, inner=False):
+    if not sizes:
+        return _axis_layout(bands[0], n, m, several, inner)
+    if bands[-1] == (0, 0, 1):  # the points of the last axis are residues
+        (left, right, rate), size = bands[-2], sizes[-1]
+        left, right = (None if x is None else x * size for x in (left, right))
+        sizes = (*sizes[:-2], math.prod(sizes[-2:])) if len(sizes) > 1 else ()
+        bands = (*bands[:-2], (left, right, rate * size))
+        return _grid_layout(sizes, bands, n, m, several, inner)
+    row = math.prod(sizes)
+    rows = [None if size is None else _blocks(size, row) for size in (n, m)]
+    left, right, rate = bands[0]
+    if rate == 1 and None not in (left, right) and set(bands[1:]) == {(None, None, 1)}:
+        width = row * max(1, _width(row * (left + right + 1)) // row)
+        if left == right == 0 or rows[0] is None:
+            width = row
+        return Halo(1, width, -left * row, width + right * row, n)
+    outer = _axis_layout(bands[0], *rows, several, inner)
+    return Nested(outer, _grid_layout(sizes[1:], bands[1:], row, row, several, True), row)
+
+
+def _axis_layout(band, n, m, several, inner):
+    """The layout of one axis of a grid; an inner one is of a single run."""
+    left, right, rate = band
+    if None in (left, right):
+        return Stairs(rate, (Step(0, None, 0, None),), n, m) if inner else band_layout(*band, n, m)
+    left, right = left // rate, right // rate
     span = left + right + 1
+    width = 1 if span == 1 else 2 ** math.ceil(math.log2(span)) if several else _width(span)
+    return _halo(left, right, rate, n, min(width, 32) if several else width)
+
+
+def select_layout(left, right, queries, keys, n=None, m=None):
+    """The layout of a band `-left <= k - q <= right` among chosen queries and keys.
+
+    Args:
+        left, right: ints (signed) or `None` for unlimited.
+        queries, keys: `Ranges`, or `None` for all.
+        n, m: numbers of all queries and of all keys, or `None` while unknown.
+    """
+    count_q, count_k = (
+        (lambda stop: stop) if chosen is None else chosen.count for chosen in (queries, keys)
+    )
+    if n is None or m is None or (left is None and right is None):
+        sizes = [None if x is None else int(c(x)) for c, x in ((count_q, n), (count_k, m))]
+        return Stairs(1, (Step(0, None, 0, None),), *sizes)
+    groups = min(MAX_GROUPS, max(1, int(count_q(n)) // 128))
+    edges = np.linspace(0, n, groups + 1).astype(int).tolist()
+    steps, total = [], int(count_k(m))
+    for q0, q1 in itertools.pairwise(edges):
+        k0 = 0 if left is None else min(max(q0 - left, 0), m)
+        k1 = m if right is None else min(max(q1 + right, 0), m)
+        k0 = min(int(count_k(k0)), total - 1)
+        steps.append(Step(int(count_q(q0)), int(count_q(q1)), k0, max(int(count_k(k1)), k0 + 1)))
+    steps = [step for step in steps if step.q0 < step.q1]
+    return Stairs(1, tuple(steps), int(count_q(n)), total)
+
+
+def _width(span):
+    """Tiles wide enough for the matrix product, narrow enough to score few pairs in vain."""
     width = 2 ** int(math.log2(math.sqrt(WIDTH_FACTOR * span)))
-    width = max(16, min(width, 512), span // 16)
+    return max(16, min(width, 512), span // 16)
+
+
+def _halo(left, right, rate, n, width):
     if n is not None:
         rows = _blocks(n, rate)
         width = _blocks(rows, _blocks(rows, width))  # even tiles: the last is not half empty
@@ -638,6 +851,30 @@ def band_rows(left, right, rate, q_pos, m):
     return (q_pos % rate)[:, None] + rate * ops.arange(_blocks(m, rate), dtype=q_pos.dtype)[None, :]
 
 
-def block_rows(size, q_pos):
-    """The keys in the blocks of queries at any positions: an `(n, size)` index for `Gather`."""
-    return (q_pos // size * size)[:, None] + ops.arange(size, dtype=q_pos.dtype)[None, :]
+def grid_rows(sizes, bands, q_pos, m):
+    """The keys that a band along each axis has around queries at any positions.
+
+    Returns:
+        An `(n, j)` index for `Gather`, or `None` if the first axis has no end.
+    """
+    row = math.prod(sizes)
+    found = band_rows(*bands[0], q_pos // row, _blocks(m, row))
+    if found is None:
+        return None
+    for axis, band in enumerate(bands[1:], start=1):
+        size, behind = sizes[axis - 1], math.prod(sizes[axis:])
+        place = q_pos // behind % size
+        near = band_rows(*band, place, size)
+        if near is None:
+            near = ops.arange(size, dtype=q_pos.dtype)[None, :]
+        inside = (near >= 0) & (near < size)
+        near = ops.where(inside, near, 0)
+        found = found[:, :, None] * size + near[:, None, :]
+        found = rearrange(ops.where(inside[:, None, :], found, -1), "n j k -> n (j k)")
+    return found
+
+
+def block_rows(blocks, size):
+    """The keys of listed blocks: `(n, listed)` numbers to an `(n, j)` index for `Gather`."""
+    rows = blocks[:, :, None] * size + ops.arange(size, dtype=blocks.dtype)
+    return rearrange(rows, "n k j -> n (k j)")

@@ -18,6 +18,7 @@ array([[1, 0, 0, 0],
 import abc
 import dataclasses
 import functools
+import math
 import operator
 
 import numpy as np
@@ -242,6 +243,77 @@ def _window(name, value):
         raise ValueError(received(name, requirement, value)) from None
 
 
+def _sizes(name, value):
+    """Read sizes of axes: a tuple of positive ints."""
+    requirement = "a tuple of positive ints"
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(received(name, requirement, value))
+    try:
+        return tuple(check_int(name, size, 1) for size in value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(received(name, requirement, value)) from None
+
+
+def _for_each_axis(name, value, axes, minimum):
+    """Read an int, or a tuple of one for each axis; equal ones are one int."""
+    if not isinstance(value, (tuple, list)):
+        return check_int(name, value, minimum)
+    kind = {0: "non-negative", 1: "positive"}[minimum]
+    requirement = f"a {kind} int or a tuple of {axes} of them"
+    if len(value) != axes:
+        raise ValueError(received(name, requirement, value))
+    try:
+        values = tuple(check_int(name, x, minimum) for x in value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(received(name, requirement, value)) from None
+    return values[0] if len(set(values)) == 1 else values
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Ranges:
+    """Some positions: those in one of some ranges.
+
+    Args:
+        ranges: a tuple of pairs `(start, stop)`, sorted, apart and not empty.
+        period: an int, if the ranges come again and again so far apart, or `None`.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    period: int | None = None
+
+    @classmethod
+    def of(cls, positions):
+        """Sorted ints as ranges."""
+        positions = np.asarray(positions, "int64")
+        cuts = np.flatnonzero(np.diff(positions) > 1) + 1
+        runs = np.split(positions, cuts) if len(positions) else []
+        return cls(tuple((int(run[0]), int(run[-1]) + 1) for run in runs))
+
+    def __repr__(self):
+        ranges = " ".join(f"{a}:{b}" for a, b in self.ranges[:4])
+        more = " ..." if len(self.ranges) > 4 else ""
+        return f"[{ranges}{more}{'' if self.period is None else f' of {self.period}'}]"
+
+    def count(self, stop):
+        """How many of them lie in `[0, stop)`; ints or arrays of ints."""
+        whole, rest = (0, stop) if self.period is None else np.divmod(stop, self.period)
+        total = sum(b - a for a, b in self.ranges)
+        return whole * total + sum(np.clip(rest - a, 0, b - a) for a, b in self.ranges)
+
+    def positions(self, stop):
+        """All of them in `[0, stop)`, sorted: an int32 array."""
+        period = stop if self.period is None else self.period
+        base = np.concatenate([np.arange(a, b, dtype="int32") for a, b in self.ranges])
+        starts = np.arange(0, stop, max(period, 1), dtype="int32")
+        found = (starts[:, None] + base).reshape(-1)
+        return found[found < stop]
+
+    def __call__(self, positions):
+        x = positions if self.period is None else positions % self.period
+        tests = [(x >= a) & (x < b) if b - a > 1 else x == a for a, b in self.ranges]
+        return functools.reduce(operator.or_, tests, x != x)
+
+
 def check_pattern(name, value):
     """Return `value` if it is a pattern that a plan can be kept for, or raise `TypeError`."""
     if not isinstance(value, Pattern):
@@ -271,7 +343,7 @@ def _wrap(pattern, *kinds):
     return f"({pattern!r})" if isinstance(pattern, kinds) else repr(pattern)
 
 
-def _leaf(cls):
+def leaf(cls):
     """A frozen dataclass whose `repr` is positional: `Local(64)`, `Band(None, 0)`."""
 
     def __repr__(self):
@@ -286,13 +358,13 @@ def _leaf(cls):
     return dataclasses.dataclass(frozen=True, repr=False, eq=False)(cls)
 
 
-def _set(pattern, **values):
+def set_fields(pattern, **values):
     """Set checked fields of a frozen pattern, while it is being made."""
     for name, value in values.items():
         object.__setattr__(pattern, name, value)
 
 
-@_leaf
+@leaf
 class Full(Pattern):
     """Every query may attend to every key."""
 
@@ -300,7 +372,7 @@ class Full(Pattern):
         return q_pos == q_pos
 
 
-@_leaf
+@leaf
 class Causal(Pattern):
     """No look ahead: `k_pos <= q_pos`."""
 
@@ -308,7 +380,7 @@ class Causal(Pattern):
         return k_pos <= q_pos
 
 
-@_leaf
+@leaf
 class Local(Pattern):
     """A sliding window: `-left <= k_pos - q_pos <= right`.
 
@@ -330,7 +402,7 @@ class Local(Pattern):
     def __post_init__(self):
         window = _window("window", self.window)
         equal_sides = isinstance(window, tuple) and window[0] == window[1] is not None
-        _set(self, window=window[0] if equal_sides else window)
+        set_fields(self, window=window[0] if equal_sides else window)
 
     @property
     def sides(self):
@@ -342,7 +414,7 @@ class Local(Pattern):
         return Band(left, right)(q_pos, k_pos)
 
 
-@_leaf
+@leaf
 class Atrous(Pattern):
     """A comb, as in atrous convolution: `(q_pos - k_pos) % rate == 0`.
 
@@ -353,13 +425,13 @@ class Atrous(Pattern):
     rate: int
 
     def __post_init__(self):
-        _set(self, rate=check_int("rate", self.rate, minimum=1))
+        set_fields(self, rate=check_int("rate", self.rate, minimum=1))
 
     def __call__(self, q_pos, k_pos):
         return (q_pos - k_pos) % self.rate == 0
 
 
-@_leaf
+@leaf
 class Strided(Pattern):
     """Dense nearby, sparse far away: `Local(stride) | Atrous(stride)`.
 
@@ -377,13 +449,13 @@ class Strided(Pattern):
     stride: int
 
     def __post_init__(self):
-        _set(self, stride=check_int("stride", self.stride, minimum=1))
+        set_fields(self, stride=check_int("stride", self.stride, minimum=1))
 
     def __call__(self, q_pos, k_pos):
         return Local(self.stride)(q_pos, k_pos) | Atrous(self.stride)(q_pos, k_pos)
 
 
-@_leaf
+@leaf
 class Dilated(Pattern):
     """A window with gaps: `|q_pos - k_pos| <= window * rate`, a multiple of `rate`.
 
@@ -399,7 +471,7 @@ class Dilated(Pattern):
     rate: int
 
     def __post_init__(self):
-        _set(
+        set_fields(
             self,
             window=check_int("window", self.window, minimum=0),
             rate=check_int("rate", self.rate, minimum=1),
@@ -410,24 +482,214 @@ class Dilated(Pattern):
         return Local(reach)(q_pos, k_pos) & Atrous(self.rate)(q_pos, k_pos)
 
 
-@_leaf
+@leaf
 class Blocks(Pattern):
-    """Blocks along the diagonal: `q_pos // size == k_pos // size`.
+    """Blocks along the diagonal: `|q_pos // size - k_pos // size| <= reach`.
 
     Args:
         size: a positive int, the length of a block.
+        reach: a non-negative int, how many blocks on each side a block sees
+            beside its own; none by default.
     """
 
     size: int
+    reach: int = 0
 
     def __post_init__(self):
-        _set(self, size=check_int("size", self.size, minimum=1))
+        set_fields(
+            self,
+            size=check_int("size", self.size, minimum=1),
+            reach=check_int("reach", self.reach, minimum=0),
+        )
+
+    @property
+    def grid(self):
+        """The same pairs as a `Grid`."""
+        return Grid((self.size,), (Band(self.reach, self.reach), Band()))
 
     def __call__(self, q_pos, k_pos):
-        return q_pos // self.size == k_pos // self.size
+        return self.grid(q_pos, k_pos)
 
 
-@_leaf
+@leaf
+class Fixed(Pattern):
+    """Blocks, and the last keys of every block for all: the fixed pattern.
+
+    `q_pos // stride == k_pos // stride`, or `k_pos % stride >= stride - summary`.
+    `Causal() & Fixed(stride)` is the fixed pattern of the Sparse Transformer.
+
+    Args:
+        stride: a positive int, the length of a block.
+        summary: a positive int up to `stride`: how many keys at the end of a
+            block every query sees.
+
+    References:
+        - [Sparse Transformers, Child et al., 2019](https://arxiv.org/abs/1904.10509)
+    """
+
+    stride: int
+    summary: int = 1
+
+    def __post_init__(self):
+        stride = check_int("stride", self.stride, minimum=1)
+        summary = check_int("summary", self.summary, minimum=1)
+        if summary > stride:
+            raise ValueError(received("summary", f"at most the stride, {stride}", summary))
+        set_fields(self, stride=stride, summary=summary)
+
+    @property
+    def ends(self):
+        """The keys that every query sees, as `Ranges`."""
+        return Ranges(((self.stride - self.summary, self.stride),), period=self.stride)
+
+    def __call__(self, q_pos, k_pos):
+        return Blocks(self.stride)(q_pos, k_pos) | self.ends(k_pos)
+
+
+@leaf
+class Global(Pattern):
+    """Positions that see all and are seen by all: `q_pos` or `k_pos` is one of them.
+
+    `Local(w) | Global(g)` is the pattern of Longformer.
+
+    Args:
+        positions: a non-negative int, the first so many; or a sequence of
+            positions, non-negative ints.
+
+    References:
+        - [Longformer, Beltagy et al., 2020](https://arxiv.org/abs/2004.05150)
+    """
+
+    positions: int | tuple[int, ...]
+
+    def __post_init__(self):
+        requirement = "a non-negative int, how many, or a sequence of positions"
+        positions, value = self.positions, self.positions
+        if isinstance(positions, np.ndarray):
+            positions = positions.tolist()
+        try:
+            if isinstance(positions, (tuple, list, range, set, frozenset)):
+                positions = tuple(sorted({check_int("positions", x, 0) for x in positions}))
+            else:
+                positions = check_int("positions", positions, 0)
+        except TypeError:
+            raise TypeError(received("positions", requirement, value)) from None
+        except ValueError:
+            raise ValueError(received("positions", requirement, value)) from None
+        set_fields(self, positions=positions)
+
+    @property
+    def ranges(self):
+        """The positions as `Ranges`."""
+        if isinstance(self.positions, tuple):
+            return Ranges.of(self.positions)
+        return Ranges(((0, self.positions),) if self.positions else ())
+
+    def __call__(self, q_pos, k_pos):
+        return self.ranges(q_pos) | self.ranges(k_pos)
+
+
+@leaf
+class Random(Pattern):
+    """Random blocks: each block of queries sees the same number of blocks of keys.
+
+    `k_pos // block_size` is one of the blocks drawn for `q_pos // block_size`,
+    without replacement, from `RandomState(seed)`: the same in every process.
+
+    Args:
+        length: a positive int, the longest sequence; its blocks are drawn from.
+        block_size: a positive int.
+        num_blocks: a non-negative int, how many are drawn for each block of
+            queries; all there are, if there are not as many.
+        seed: an int in [0, 2**32).
+        skip: a `Pattern` of block numbers: what it allows is not drawn. With
+            `skip=Local(1)` a block never draws itself or its neighbours.
+
+    References:
+        - [BigBird, Zaheer et al., 2020](https://arxiv.org/abs/2007.14062)
+    """
+
+    length: int
+    block_size: int = 64
+    num_blocks: int = 3
+    seed: int = 0
+    skip: Pattern | None = None
+
+    def __post_init__(self):
+        seed = check_int("seed", self.seed, minimum=0)
+        if seed >= 2**32:
+            raise ValueError(received("seed", "an int in [0, 2**32)", seed))
+        if not (self.skip is None or isinstance(self.skip, Pattern)):
+            raise TypeError(received("skip", "a Pattern of block numbers or None", self.skip))
+        set_fields(
+            self,
+            length=check_int("length", self.length, minimum=1),
+            block_size=check_int("block_size", self.block_size, minimum=1),
+            num_blocks=check_int("num_blocks", self.num_blocks, minimum=0),
+            seed=seed,
+        )
+
+    @property
+    def lists(self):
+        """`(blocks, num_blocks)` ints, sorted: the blocks drawn; -1 where there were no more."""
+        return _draw(self)
+
+    def check_lengths(self, n, m):
+        for size in (n, m):
+            if size is not None and size > self.length:
+                raise ValueError(
+                    f"{self!r} is drawn for lengths up to {self.length}. Received: n={n}, m={m}"
+                )
+
+    def __call__(self, q_pos, k_pos):
+        return listed(self.lists, q_pos // self.block_size, k_pos // self.block_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _draw(pattern):
+    blocks = -(-pattern.length // pattern.block_size)
+    state = np.random.RandomState(pattern.seed)  # its numbers are the same in every numpy
+    numbers = np.arange(blocks)
+    lists = np.full((blocks, min(pattern.num_blocks, blocks)), -1, "int32")
+    for block, row in enumerate(lists):
+        free = numbers
+        if pattern.skip is not None:
+            free = numbers[~pattern.skip._answer(numbers[block : block + 1], numbers)[0]]
+        drawn = state.permutation(free)[: len(row)]
+        row[: len(drawn)] = np.sort(drawn)
+    lists.flags.writeable = False
+    return lists
+
+
+def listed(table, q_block, k_block):
+    """Whether the number `k_block` stands in row `q_block` of a table."""
+    rows = look_up(table, q_block)
+    columns = (rows[..., column] == k_block for column in range(table.shape[1]))
+    return functools.reduce(operator.or_, columns, k_block != k_block)
+
+
+def look_up(table, index):
+    """`table[index]` for a numpy table, where the index may be a tensor of any backend.
+
+    For the predicate of a pattern of your own.
+
+    Args:
+        table: a numpy array.
+        index: ints, a numpy array or a tensor; beyond the ends of the table
+            they count as its first and its last row.
+
+    Returns:
+        An array or a tensor, of shape `index.shape + table.shape[1:]`.
+    """
+    last = len(table) - 1
+    if isinstance(index, (int, np.ndarray, np.integer)):
+        return table[np.clip(index, 0, last)]
+    from keras import ops
+
+    return ops.take(table, ops.clip(index, 0, last), axis=0)
+
+
+@leaf
 class Prefix(Pattern):
     """The first keys, for every query: `k_pos < length`.
 
@@ -444,13 +706,13 @@ class Prefix(Pattern):
     length: int
 
     def __post_init__(self):
-        _set(self, length=check_int("length", self.length, minimum=0))
+        set_fields(self, length=check_int("length", self.length, minimum=0))
 
     def __call__(self, q_pos, k_pos):
         return k_pos < self.length
 
 
-@_leaf
+@leaf
 class Band(Pattern):
     """The family of `Full`, `Causal`, `Local`, `Atrous` and their intersections.
 
@@ -471,8 +733,8 @@ class Band(Pattern):
     def __post_init__(self):
         for name in ("left", "right"):
             if getattr(self, name) is not None:
-                _set(self, **{name: check_int(name, getattr(self, name))})
-        _set(self, rate=check_int("rate", self.rate, minimum=1))
+                set_fields(self, **{name: check_int(name, getattr(self, name))})
+        set_fields(self, rate=check_int("rate", self.rate, minimum=1))
 
     def __call__(self, q_pos, k_pos):
         distance = k_pos - q_pos
@@ -486,7 +748,140 @@ class Band(Pattern):
         return functools.reduce(operator.and_, tests or [distance == distance])
 
 
-@_leaf
+@leaf
+class Grid(Pattern):
+    """A band along each axis of a grid whose points are read row by row.
+
+    The position of the point `(x_0, x_1, ..., x_a)` is
+    `((x_0 * sizes[0] + x_1) * sizes[1] + x_2) ...`: the first axis has no end.
+    A pair may attend when `bands[a](q_a, k_a)` holds on every axis `a`.
+    `Blocks`, `Neighborhood` and `Axial` are made of it.
+
+    Args:
+        sizes: a tuple of positive ints, the sizes of all axes but the first.
+        bands: a tuple of `Band`, one for each axis.
+    """
+
+    sizes: tuple[int, ...]
+    bands: tuple[Band, ...]
+
+    def __post_init__(self):
+        sizes = _sizes("sizes", self.sizes)
+        bands = self.bands
+        if not isinstance(bands, (tuple, list)) or not all(isinstance(x, Band) for x in bands):
+            raise TypeError(received("bands", "a tuple of Band", bands))
+        if len(bands) != len(sizes) + 1:
+            raise ValueError(received("bands", f"{len(sizes) + 1} of Band", bands))
+        set_fields(self, sizes=sizes, bands=tuple(bands))
+
+    def __call__(self, q_pos, k_pos):
+        answers = []
+        for axis, band in enumerate(self.bands):
+            if band != Band():
+                answers.append(band(self.along(axis, q_pos), self.along(axis, k_pos)))
+        return functools.reduce(operator.and_, answers or [q_pos == q_pos])
+
+    def along(self, axis, positions):
+        """The coordinates of positions along an axis."""
+        behind = math.prod(self.sizes[axis:])
+        x = positions // behind if behind > 1 else positions
+        return x if axis == 0 else x % self.sizes[axis - 1]
+
+
+@leaf
+class Neighborhood(Pattern):
+    """Near along every axis of a grid whose points are read row by row.
+
+    Along each axis `|q_a - k_a| <= window * dilation`, and a multiple of
+    `dilation`. Edges are cut, not shifted. `Neighborhood((n,), w)` is
+    `Local(w)`.
+
+    Args:
+        shape: a tuple of positive ints, the sizes of the axes; `(height, width)`
+            for an image, `(frames, height, width)` for a film.
+        window: a non-negative int, how many neighbours on each side, or one of
+            them for each axis. NATTEN's `kernel_size=s` is `s // 2` away from
+            the edges.
+        dilation: a positive int, how far apart they lie, or one for each axis.
+
+    References:
+        - [Neighborhood Attention, Hassani et al., 2022](https://arxiv.org/abs/2204.07143)
+    """
+
+    shape: tuple[int, ...]
+    window: int | tuple[int, ...]
+    dilation: int | tuple[int, ...] = 1
+
+    def __post_init__(self):
+        shape = _sizes("shape", self.shape)
+        if not shape:
+            raise ValueError(received("shape", "a tuple of positive ints", self.shape))
+        window = _for_each_axis("window", self.window, len(shape), 0)
+        dilation = _for_each_axis("dilation", self.dilation, len(shape), 1)
+        set_fields(self, shape=shape, window=window, dilation=dilation)
+
+    @property
+    def grid(self):
+        """The same pairs as a `Grid`."""
+        axes = len(self.shape)
+        windows, rates = (
+            x if isinstance(x, tuple) else (x,) * axes for x in (self.window, self.dilation)
+        )
+        bands = [Band(w * r, w * r, r) for w, r in zip(windows, rates, strict=True)]
+        return Grid(self.shape[1:], tuple(bands))
+
+    def check_lengths(self, n, m):
+        _check_grid(self, n, m)
+
+    def __call__(self, q_pos, k_pos):
+        return self.grid(q_pos, k_pos)
+
+
+@leaf
+class Axial(Pattern):
+    """The same row or the same column of a grid whose points are read row by row.
+
+    All coordinates but one are equal; with three axes, along each of them.
+    `Axial((height, width))` is `Blocks(width) | Atrous(width)`.
+
+    Args:
+        shape: a tuple of positive ints, the sizes of the axes.
+
+    References:
+        - [Axial Attention, Ho et al., 2019](https://arxiv.org/abs/1912.12180)
+    """
+
+    shape: tuple[int, ...]
+
+    def __post_init__(self):
+        shape = _sizes("shape", self.shape)
+        if len(shape) < 2:
+            raise ValueError(received("shape", "a tuple of at least 2 positive ints", self.shape))
+        set_fields(self, shape=shape)
+
+    @property
+    def grids(self):
+        """A `Grid` for each axis: the pairs that lie along it."""
+        axes = range(len(self.shape))
+        return [
+            Grid(self.shape[1:], tuple(Band() if a == axis else Band(0, 0) for a in axes))
+            for axis in axes
+        ]
+
+    def check_lengths(self, n, m):
+        _check_grid(self, n, m)
+
+    def __call__(self, q_pos, k_pos):
+        return functools.reduce(operator.or_, (grid(q_pos, k_pos) for grid in self.grids))
+
+
+def _check_grid(pattern, n, m):
+    points = math.prod(pattern.shape)
+    if any(size is not None and size > points for size in (n, m)):
+        raise ValueError(f"{pattern!r} has {points} positions. Received: n={n}, m={m}")
+
+
+@leaf
 class And(Pattern):
     """Pairs that both patterns allow: `first & second`."""
 
@@ -507,7 +902,7 @@ class And(Pattern):
         return f"{_wrap(self.first, Or)} & {_wrap(self.second, Or, And)}"
 
 
-@_leaf
+@leaf
 class Or(Pattern):
     """Pairs that one of two patterns allows, or both: `first | second`."""
 
@@ -528,7 +923,7 @@ class Or(Pattern):
         return f"{self.first!r} | {_wrap(self.second, Or)}"
 
 
-@_leaf
+@leaf
 class Not(Pattern):
     """Pairs that a pattern does not allow: `~pattern`."""
 

@@ -1,10 +1,10 @@
 """Plans: a pattern as a few disjoint parts, each with the tiles that hold it.
 
 A plan is found in three steps. The pattern is spread into terms joined by
-"or"; each term has a *bound*: a `Band`, a `Blocks` or a `Prefix` that holds
-all of its pairs. Terms that cost less together than apart are fused. Then each
-term gives up what an earlier one already allows, so that no pair is scored
-twice, and its layout follows from its bound.
+"or"; each term has a *bound* (`bounds.py`) that holds all of its pairs. Terms
+that cost less together than apart are fused. Then each term gives up what an
+earlier one already allows, so that no pair is scored twice, and its layout
+follows from its bound.
 
 A new pattern works at once, since any pattern is bounded by `Band()`. It
 becomes fast when its bound is registered:
@@ -19,38 +19,58 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from sparse_attn import recipes
+from sparse_attn.bounds import (
+    KINDS,
+    Lists,
+    Select,
+    contains,
+    cost,
+    hull,
+    layout,
+    meet,
+    simplify,
+)
 from sparse_attn.checks import check_int
 from sparse_attn.layouts import (
     NOMINAL_LENGTH,
     Gather,
-    band_layout,
+    Halo,
+    Nested,
+    Stairs,
     band_rows,
-    block_layout,
     block_rows,
-    column_layout,
+    grid_rows,
 )
 from sparse_attn.patterns import (
     And,
     Atrous,
+    Axial,
     Band,
     Blocks,
     Causal,
     Dilated,
+    Fixed,
     Full,
+    Global,
+    Grid,
     Local,
+    Neighborhood,
     Not,
     Or,
     Pattern,
     Prefix,
+    Random,
+    Ranges,
     Strided,
     check_pattern,
+    look_up,
 )
 
 MAX_PARTS = 4
 # What takes time beside the pairs, said in pairs: another part and its merge, and tiles at all.
 PART_PAIRS = 2**16
 TILE_PAIRS = 2**13
-LONGEST = 2**31  # positions are int32: where a length is unknown, it is no longer than this
 
 
 @dataclass(frozen=True)
@@ -58,19 +78,24 @@ class Part:
     """Some pairs of a pattern, and the tiles that hold them.
 
     Attributes:
-        bound: a `Band`, `Blocks` or `Prefix` that allows at least these pairs.
+        bound: a bound that allows at least these pairs.
         pattern: the exact pairs; equal to `bound` where that is exact.
-        layout: how keys are brought to queries.
+        layout: how keys are brought to queries, among the chosen ones.
+        queries, keys: the `Ranges` of the chosen ones, or `None` for all.
+        scored_pairs: pairs of positions in the tiles.
     """
 
     bound: Pattern
     pattern: Pattern
     layout: object
+    queries: Ranges | None
+    keys: Ranges | None
+    scored_pairs: int
 
-    @property
-    def scored_pairs(self):
-        """Pairs of positions in the layout's tiles."""
-        return self.layout.scored_pairs
+    @classmethod
+    def of(cls, bound, pattern, n, m):
+        chosen = (bound.queries, bound.keys) if isinstance(bound, Select) else (None, None)
+        return cls(bound, pattern, layout(bound, n, m), *chosen, cost(bound, n, m))
 
 
 @dataclass(frozen=True)
@@ -156,18 +181,17 @@ def _plan(pattern, n, m):
 def _cached_plan(pattern, n, m, registered):
     terms = _terms(pattern, n, m)
     # The dearest first: the others give up what it allows.
-    terms.sort(key=lambda term: -_cost(term.bound, n, m))
+    terms.sort(key=lambda term: -cost(term.bound, n, m))
     parts = []
     for i, term in enumerate(terms):
         exact = term.pattern
         for earlier in terms[:i]:
-            if _meet(term.bound, earlier.bound) is not None:
+            if meet(term.bound, earlier.bound)[0] is not None:
                 exact = exact & ~earlier.pattern
-        parts.append(Part(term.bound, exact, layout(term.bound, n, m)))
-    dense = layout(Band(), n, m)
+        parts.append(Part.of(term.bound, exact, n, m))
     overhead = TILE_PAIRS + PART_PAIRS * (len(parts) - 1)
-    if parts and sum(part.scored_pairs for part in parts) + overhead >= dense.scored_pairs:
-        parts = [Part(Band(), parts[0].pattern if len(parts) == 1 else pattern, dense)]
+    if parts and sum(part.scored_pairs for part in parts) + overhead >= cost(Band(), n, m):
+        parts = [Part.of(Band(), parts[0].pattern if len(parts) == 1 else pattern, n, m)]
     return Plan(tuple(parts), n, m)
 
 
@@ -186,36 +210,39 @@ def plan_at(pattern, q_pos, n, m, dim):
     """
     check_pattern("pattern", pattern)
     pattern.check_lengths(None, m if isinstance(m, int) else None)
-    parts = []
-    for part in _plan(pattern, None, None):
-        parts.append(Part(part.bound, part.pattern, _layout_at(part.bound, q_pos, n, m)))
+    parts = [_part_at(part, q_pos, n, m) for part in _plan(pattern, None, None)]
     known = isinstance(n, int) and isinstance(m, int)
-    dense = _dense_at(n, m)
-    if known and sum(_moved(part.layout, m, dim) for part in parts) >= _moved(dense, m, dim):
-        parts = [Part(Band(), pattern, dense)]
+    dense = Part.of(Band(), pattern, *((n, m) if known else (None, None)))
+    if known and sum(_moved(part, m, dim) for part in parts) >= _moved(dense, m, dim):
+        parts = [dense]
     return Plan(tuple(parts), n if known else None, m if known else None)
 
 
-def _layout_at(bound, q_pos, n, m):
-    if isinstance(bound, Prefix):  # the same keys for all
-        return _dense_at(n, m, bound)
-    if isinstance(bound, Blocks):
-        index = block_rows(bound.size, q_pos)
-    else:
-        index = band_rows(bound.left, bound.right, bound.rate, q_pos, m)
-    return _dense_at(n, m) if index is None else Gather(index)
+def _part_at(part, q_pos, n, m):
+    """A part for queries at any positions: which of them are chosen, is not known."""
+    bound = part.bound
+    match bound:
+        case Band(left, right, rate):
+            index = band_rows(left, right, rate, q_pos, m)
+        case Grid(sizes, bands):
+            index = grid_rows(sizes, [(x.left, x.right, x.rate) for x in bands], q_pos, m)
+        case Lists(queries, keys):
+            blocks = look_up(bound.table, q_pos // queries)
+            index = block_rows(blocks, keys)
+        case _:
+            index = None
+    n, m = (size if isinstance(size, int) else None for size in (n, m))
+    if index is None:
+        keys = bound.keys if isinstance(bound, Select) else None
+        return Part.of(Band() if keys is None else Select(keys=keys), part.pattern, n, m)
+    found = Gather(index)
+    return Part(bound, part.pattern, found, None, None, found.scored_pairs if n and m else 0)
 
 
-def _dense_at(n, m, keys=Band()):  # noqa: B008 - a pattern never changes
-    """The same keys for every query."""
-    return layout(keys, *(size if isinstance(size, int) else None for size in (n, m)))
-
-
-def _moved(layout, m, dim):
-    """Numbers that a layout makes for a head: copies of keys, and scores."""
-    if isinstance(layout, Gather):
-        return layout.scored_pairs * (dim + 1)
-    return layout.scored_pairs + m * dim
+def _moved(part, m, dim):
+    """Numbers that a part makes for a head: copies of keys, and scores."""
+    keys = part.scored_pairs if isinstance(part.layout, Gather) else m
+    return part.scored_pairs + keys * dim
 
 
 def has_surplus(part, layout):
@@ -228,39 +255,86 @@ def has_surplus(part, layout):
     Returns:
         A list of bools. What only padding brings is not looked at.
     """
-    runs, pattern = layout.runs(), part.pattern
-    if not isinstance(pattern, Band):  # blocks and columns are laid out as they are
-        return [pattern != part.bound] * len(runs)
+    pattern, runs = part.pattern, layout.runs()
+    if part.queries is not None or part.keys is not None:
+        needed = pattern != part.bound or part.bound.band != Band()
+    elif isinstance(pattern, Band):
+        return _band_surplus(pattern, layout)
+    elif isinstance(pattern, Grid) and pattern == part.bound:
+        needed = _grid_surplus(pattern, layout)
+    else:
+        needed = pattern != part.bound
+    return [needed] * len(runs)
+
+
+def _band_surplus(band, layout):
+    if not isinstance(layout, (Halo, Stairs)):
+        return [True] * len(layout.runs())
     if not all(isinstance(x, int) for x in (layout.rate, *itertools.chain(*layout.distances))):
-        return [True] * len(runs)
+        return [True] * len(layout.runs())
     return [
-        layout.rate % pattern.rate > 0
-        or (pattern.left is not None and low < -pattern.left)
-        or (pattern.right is not None and high > pattern.right)
+        layout.rate % band.rate > 0
+        or (band.left is not None and low < -band.left)
+        or (band.right is not None and high > band.right)
         for low, high in layout.distances
     ]
 
 
-def is_stationary(pattern):
-    """Whether a pattern certainly depends on the distance `k - q` alone."""
+def _grid_surplus(grid, layout):
+    if isinstance(layout, Halo):  # of whole rows
+        return layout.width != math.prod(grid.sizes)
+    axes, bands = axes_of(layout), grid.bands
+    if len(axes) != len(bands):
+        return True
+    return any(any(_band_surplus(*pair)) for pair in zip(bands, axes, strict=True))
+
+
+def axes_of(layout):
+    """The layouts of the axes of a grid."""
+    return [layout.outer, *axes_of(layout.inner)] if isinstance(layout, Nested) else [layout]
+
+
+def period(pattern):
+    """How far queries and keys can certainly move together without a change; 0 if not at all.
+
+    Args:
+        pattern: a `Pattern`.
+
+    Returns:
+        An int: 1 if the pattern depends on the distance `k - q` alone.
+    """
     pattern = _registered(rewrite, pattern)
-    kind = type(pattern)
-    if kind in (And, Or):
-        return is_stationary(pattern.first) and is_stationary(pattern.second)
-    return is_stationary(pattern.pattern) if kind is Not else kind is Band
+    match pattern:
+        case Band():
+            return 1
+        case Grid():
+            return math.prod(pattern.sizes)
+        case And() | Or():
+            return math.lcm(period(pattern.first), period(pattern.second))
+        case Not():
+            return period(pattern.pattern)
+        case Select():
+            chosen = [x.period or 0 for x in (pattern.queries, pattern.keys) if x is not None]
+            return math.lcm(1, *chosen)
+    return 0
 
 
-@functools.lru_cache(maxsize=4096)
-def layout(bound, n=None, m=None):
-    """The layout that holds a bound: a `Band`, `Blocks` or `Prefix`."""
-    match bound:
-        case Band(left, right, rate):
-            return band_layout(left, right, rate, n, m)
-        case Blocks(size):
-            return block_layout(size, n)
-        case Prefix(length):
-            return column_layout(length, n, m)
-    raise TypeError(f"A bound must be a Band, Blocks or Prefix. Received: {bound!r}")
+def answers_all(pattern):
+    """Whether every query certainly has a key, its own; `None` if that is not certain."""
+    pattern = _registered(rewrite, pattern)
+    match pattern:
+        case Band() | Grid():
+            return bool(pattern(0, 0))
+        case And():
+            both = {answers_all(pattern.first), answers_all(pattern.second)}
+            return False if False in both else None if None in both else True
+        case Or():
+            both = {answers_all(pattern.first), answers_all(pattern.second)}
+            return True if True in both else None if None in both else False
+        case Not():
+            answer = answers_all(pattern.pattern)
+            return None if answer is None else not answer
+    return None
 
 
 # ---- From a pattern to terms -------------------------------------------------
@@ -268,7 +342,7 @@ def layout(bound, n=None, m=None):
 
 @functools.singledispatch
 def bound(pattern):
-    """A `Band`, `Blocks` or `Prefix` that allows every pair that `pattern` does.
+    """A `Band`, `Grid`, `Blocks`, `Prefix` or the like that allows every pair that `pattern` does.
 
     Register one for a pattern of your own to make it fast:
     `bound.register(MyPattern, lambda pattern: Band(pattern.reach, 0))`. It
@@ -310,7 +384,23 @@ rewrite.register(Strided, lambda pattern: Local(pattern.stride) | Atrous(pattern
 rewrite.register(
     Dilated, lambda pattern: Local(pattern.window * pattern.rate) & Atrous(pattern.rate)
 )
-for _kind in (Band, Blocks, Prefix):
+rewrite.register(Blocks, lambda pattern: pattern.grid)
+rewrite.register(Neighborhood, lambda pattern: pattern.grid)
+rewrite.register(Axial, lambda pattern: functools.reduce(Or, pattern.grids))
+rewrite.register(Prefix, lambda pattern: Select(keys=Global(pattern.length).ranges))
+rewrite.register(
+    Global, lambda pattern: Select(queries=pattern.ranges) | Select(keys=pattern.ranges)
+)
+rewrite.register(Fixed, lambda pattern: Blocks(pattern.stride) | Select(keys=pattern.ends))
+rewrite.register(
+    Random,
+    lambda pattern: Lists(
+        pattern.block_size, pattern.block_size, tuple(map(tuple, pattern.lists.tolist()))
+    ),
+)
+for _kind in recipes.Recipe.__subclasses__():
+    rewrite.register(_kind, lambda pattern: _registered(rewrite, pattern.pattern))
+for _kind in KINDS:
     bound.register(_kind, lambda pattern: pattern)
 
 
@@ -327,7 +417,7 @@ class Term:
 
     def is_within(self, other):
         """Whether `other` certainly allows all that this term does."""
-        return other.is_exact and _contains(other.bound, self.bound)
+        return other.is_exact and contains(other.bound, self.bound)
 
 
 def _terms(pattern, n, m):
@@ -367,12 +457,12 @@ def _complement(pattern, n, m):
 def _term(found, pattern, n, m):
     """A list of the one term with this bound in its simplest form, or of none."""
     found = _registered(rewrite, found)
-    if type(found) not in (Band, Blocks, Prefix):
+    if type(found) not in KINDS:
         raise TypeError(
-            f"The bound of a pattern must be a Band, Blocks or Prefix. "
-            f"Received: bound({pattern!r}) = {found!r}"
+            f"The bound of a pattern must be a Band, Grid, Blocks, Prefix or the like, which is "
+            f"no union. Received: bound({pattern!r}) = {found!r}"
         )
-    simple = _simplify(found, n, m)
+    simple = simplify(found, n, m)
     if simple is None:
         return []
     return [Term(simple, simple if found == pattern else pattern)]
@@ -384,15 +474,15 @@ def _both(a, b, n, m):
         return a
     if b.is_within(a):
         return b
-    met = _meet(a.bound, b.bound)
-    met = None if met is None else _simplify(met, n, m)
+    met, exact = meet(a.bound, b.bound)
+    met = None if met is None else simplify(met, n, m)
     if met is None:
         return None
-    if isinstance(a.bound, Band) and isinstance(b.bound, Band):
-        if a.is_exact and b.is_exact:
-            return Term(met, met)
-        return Term(met, a.pattern & b.pattern)
-    cheaper = min(a.bound, b.bound, met, key=lambda bound: _cost(bound, n, m))
+    exact = exact and a.is_exact and b.is_exact
+    # What is met may be dearer: a narrow band among many chosen ones.
+    cheaper = min(met, a.bound, b.bound, key=lambda bound: cost(bound, n, m))
+    if exact:
+        return Term(cheaper, met)
     return Term(cheaper, a.pattern & b.pattern)
 
 
@@ -403,7 +493,7 @@ def _fuse(terms, n, m):
         fusions = []
         for a, b in itertools.combinations(terms, 2):
             fused = _either(a, b)
-            saved = _cost(a.bound, n, m) + _cost(b.bound, n, m) - _cost(fused.bound, n, m)
+            saved = cost(a.bound, n, m) + cost(b.bound, n, m) - cost(fused.bound, n, m)
             fusions.append((saved, a, b, fused))
         saved, a, b, fused = max(fusions, key=lambda fusion: fusion[0])
         if saved + PART_PAIRS < 0 and len(terms) <= MAX_PARTS:
@@ -418,98 +508,4 @@ def _either(a, b):
         return b
     if b.is_within(a):
         return a
-    return Term(_hull(a.bound, b.bound), a.pattern | b.pattern)
-
-
-# ---- The arithmetic of bounds ------------------------------------------------
-
-
-def _cost(bound, n, m):
-    return layout(bound, n, m).scored_pairs
-
-
-def _simplify(bound, n, m):
-    """The bound in its simplest form for `n` queries and `m` keys; `None` if it is empty."""
-    n, m = LONGEST if n is None else n, LONGEST if m is None else m
-    longest = max(n, m)
-    match bound:
-        case Prefix(length):
-            if length == 0:
-                return None
-            return Band() if length >= m else bound
-        case Blocks(size):
-            return Band() if size >= longest else bound
-    left, right, rate = bound.left, bound.right, bound.rate
-    if rate >= longest:  # of the comb, the diagonal alone is in reach
-        return Band(0, 0) if bound(0, 0) else None
-    # What is out of reach is unlimited, or empty.
-    if left is not None:
-        left = left // rate * rate
-        if -left >= m:
-            return None
-        if left >= n - 1:
-            left = None
-    if right is not None:
-        right = right // rate * rate
-        if -right >= n:
-            return None
-        if right >= m - 1:
-            right = None
-    if left is not None and right is not None:
-        if -left > right:
-            return None
-        if -left == right:
-            rate = 1
-    return Band(left, right, rate)
-
-
-def _meet(a, b):
-    """A band that holds what both bounds do, exactly if they are bands; `None` if it is empty."""
-    a, b = _as_band(a), _as_band(b)
-    return _simplify(
-        Band(
-            _tighter(a.left, b.left),
-            _tighter(a.right, b.right),
-            math.lcm(a.rate, b.rate),
-        ),
-        None,
-        None,
-    )
-
-
-def _hull(a, b):
-    """A bound that holds what either does."""
-    if _contains(a, b):
-        return a
-    if _contains(b, a):
-        return b
-    a, b = _as_band(a), _as_band(b)
-    left = None if None in (a.left, b.left) else max(a.left, b.left)
-    right = None if None in (a.right, b.right) else max(a.right, b.right)
-    return Band(left, right, math.gcd(a.rate, b.rate))
-
-
-def _contains(outer, inner):
-    """Whether `outer` certainly holds all of `inner`."""
-    match outer, inner:
-        case Prefix(longer), Prefix(shorter):
-            return shorter <= longer
-        case Blocks(larger), Blocks(smaller):
-            return larger % smaller == 0
-        case Band(), _:
-            return _meet(outer, inner) == _as_band(inner)
-    return False
-
-
-def _as_band(bound):
-    match bound:
-        case Prefix():
-            return Band()
-        case Blocks(size):
-            return Band(size - 1, size - 1)
-    return bound
-
-
-def _tighter(a, b):
-    """The smaller of two limits, where `None` is no limit."""
-    return min((side for side in (a, b) if side is not None), default=None)
+    return Term(hull(a.bound, b.bound), a.pattern | b.pattern)

@@ -7,14 +7,25 @@ from hypothesis import strategies as st
 
 from sparse_attn import (
     Atrous,
+    Axial,
     Band,
+    BigBird,
     Blocks,
     Causal,
     Dilated,
+    Fixed,
     Full,
+    Global,
+    Grid,
     Local,
+    Longformer,
+    Neighborhood,
     Pattern,
     Prefix,
+    PrefixLM,
+    Random,
+    SparseTransformer,
+    StreamingLLM,
     Strided,
 )
 
@@ -63,6 +74,30 @@ LEAVES = [
     Prefix(0),
     Prefix(4),
     Band(-2, 5),
+    Blocks(3, reach=1),
+    Fixed(4),
+    Fixed(3, 2),
+    Global(0),
+    Global(2),
+    Global((0, 3, 4, 5, 11)),
+    Random(300, 4, 2, seed=1),
+    Random(300, 3, 2, skip=Local(1)),
+    Random(300, 5, 0),
+    Grid((3, 2), (Band(1, 0), Band(), Band(0, 1))),
+    Neighborhood((300,), 2),
+    Neighborhood((60, 5), 1),
+    Neighborhood((50, 6), (1, 2), (2, 1)),
+    Neighborhood((30, 3, 4), 1),
+    Axial((60, 5)),
+    Axial((30, 3, 4)),
+    Longformer(2, 1),
+    Longformer((3, 0), (0, 6)),
+    BigBird(300, 4, 2),
+    BigBird(257, 3, 1, seed=3),
+    StreamingLLM(3, 2),
+    PrefixLM(4),
+    SparseTransformer(4),
+    SparseTransformer(4, "fixed", 2),
     Diagonals(),
     Near(2),
 ]
@@ -86,9 +121,31 @@ EXPRESSIONS = [
     Prefix(3) & Local(6),
     Atrous(2) | Atrous(3) | Atrous(5) | Blocks(7) | Prefix(1),
     Causal() & ~Causal(),
+    Causal() & Fixed(4),
+    Causal() & Global((1, 5)) & Local(6),
+    Causal() & Neighborhood((60, 5), 2),
+    Neighborhood((60, 5), 2) & Axial((60, 5)),
+    ~Global(2) & Local(4),
+    Random(300, 4, 2) | Local(3) | Global(1),
+    ~Random(300, 4, 2) & Blocks(8),
+    Random(300, 2, 3) & Causal(),
+    Blocks(3, reach=2) & Blocks(3),
+    Blocks(4) & Neighborhood((75, 4), 1),
+    Fixed(6, 2) & ~Blocks(6),
     Diagonals() & Local(4),
     (Diagonals() | Near(1)) & ~Prefix(1),
 ]
+
+
+def longest(pattern):
+    """The longest of some lengths that the pattern has a meaning for."""
+    for n in (4096, 300, 257):
+        try:
+            pattern.check_lengths(n, n)
+        except ValueError:
+            continue
+        return n
+    raise ValueError(pattern)
 
 
 def _leaves():
@@ -108,6 +165,16 @@ def _leaves():
         st.builds(Blocks, rate),
         st.builds(Prefix, small),
         st.builds(Band, signed, signed, rate),
+        st.builds(Blocks, rate, st.integers(0, 2)),
+        st.integers(1, 6).flatmap(lambda s: st.builds(Fixed, st.just(s), st.integers(1, s))),
+        st.builds(Global, st.one_of(small, st.lists(st.integers(0, 70), max_size=4).map(tuple))),
+        st.builds(Random, st.just(70), rate, small, small),
+        st.builds(Random, st.just(70), rate, small, small, st.builds(Local, small)),
+        st.builds(Neighborhood, st.tuples(st.just(70), rate), small, rate),
+        st.builds(Neighborhood, st.tuples(st.just(70), rate, rate), small, rate),
+        st.builds(Axial, st.tuples(st.just(70), rate)),
+        st.builds(Longformer, small, small),
+        st.builds(BigBird, st.just(70), rate, small, small),
         st.builds(Near, small),
     )
 

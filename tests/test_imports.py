@@ -12,20 +12,24 @@ ROOT = Path(sparse_attn.__file__).parent
 ALLOWED = {
     "checks": {"math", "numbers", "operator"},
     "pictures": {"itertools", "numpy"},
-    "patterns": {"abc", "dataclasses", "functools", "operator", "numpy", "checks", "pictures"},
-    "expressions": {"ast", "patterns"},
+    "patterns": {"abc", "dataclasses", "functools", "math", "operator", "numpy", "checks"}
+    | {"pictures"},
+    "recipes": {"abc", "checks", "patterns"},
+    "expressions": {"ast", "patterns", "recipes"},
     "layouts": {"itertools", "math", "dataclasses", "typing", "numpy", "einops", "keras"}
     | {"tracing"},
     "masking": {"keras", "checks"},
     "reference": {"numpy"},
-    "plan": {"functools", "itertools", "math", "dataclasses", "numpy", "checks", "layouts"}
-    | {"patterns"},
+    "bounds": {"functools", "math", "numpy", "layouts", "patterns"},
+    "plan": {"functools", "itertools", "math", "dataclasses", "bounds", "checks", "layouts"}
+    | {"patterns", "recipes"},
+    "chosen": {"numpy", "keras", "layouts"},
     "attend": {"checks", "functools", "einops", "keras", "masking"},
     "tracing": {"contextlib", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "keras", "einops"}
     | {"attend", "layouts", "masking", "tracing"},
-    "functional": {"functools", "itertools", "operator", "keras", "numpy", "einops", "attend"}
-    | {"checks", "masking", "patterns", "plan", "stream", "tracing"},
+    "functional": {"functools", "itertools", "math", "keras", "numpy", "einops", "attend"}
+    | {"checks", "chosen", "masking", "patterns", "plan", "stream", "tracing"},
 }
 
 

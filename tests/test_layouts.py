@@ -10,9 +10,9 @@ from sparse_attn.layouts import (
     Halo,
     Stairs,
     band_layout,
-    block_layout,
-    column_layout,
     crop,
+    grid_layout,
+    select_layout,
     sum_rows,
 )
 from tests.cases import LENGTHS
@@ -24,16 +24,32 @@ def lists(blocks, listed, numbers):
     return np.random.default_rng(blocks).integers(-1, numbers + 1, size=(blocks, listed))
 
 
+def blocks(size, n):
+    return grid_layout((size,), [(0, 0, 1), (None, None, 1)], n, n)
+
+
+def columns(count, n, m):
+    return select_layout(None, None, None, None, n, min(count, m))
+
+
 LAYOUTS = {
     "halo": lambda n: Halo(1, 4, -3, 6, n),
     "dilated halo": lambda n: Halo(3, 2, -1, 3, n),
     "halo ahead": lambda n: Halo(2, 4, 5, 12, n),
     "halo behind": lambda n: Halo(2, 4, -9, -2, n),
-    "blocks": lambda n: block_layout(5, n),
+    "blocks": lambda n: blocks(5, n),
+    "near blocks": lambda n: grid_layout((3,), [(1, 1, 1), (None, None, 1)], n, n),
+    "neighborhood": lambda n: grid_layout((5,), [(2, 2, 1), (1, 1, 1)], n, n),
+    "dilated neighborhood": lambda n: grid_layout((5,), [(2, 2, 2), (3, 3, 3)], n, n),
+    "film": lambda n: grid_layout((3, 4), [(1, 1, 1), (1, 0, 1), (2, 2, 1)], n, n),
+    "columns of a film": lambda n: grid_layout(
+        (3, 4), [(0, 0, 1), (None, None, 1), (0, 0, 1)], n, n
+    ),
+    "rows and columns": lambda n: grid_layout((5,), [(None, 0, 1), (1, 1, 1)], n, n),
     "band": lambda n: band_layout(3, 2, 2, n, n),
     "causal": lambda n: band_layout(None, 0, 1, n, n),
     "comb": lambda n: band_layout(None, None, 3, n, n),
-    "columns": lambda n: column_layout(4, n, n),
+    "columns": lambda n: columns(4, n, n),
     "rows": lambda n: Gather(keras.ops.arange(n)[:, None] + keras.ops.arange(3)[None, :]),
     "gathered blocks": lambda n: Gather(lists(-(-n // 4), 3, -(-n // 2)), queries=4, keys=2),
 }
@@ -65,7 +81,7 @@ def test_keys_of_a_tile_are_where_the_layout_says(name, n, m):
             "band": band_layout(3, 2, 2, n, m),
             "causal": band_layout(None, 0, 1, n, m),
             "comb": band_layout(None, None, 3, n, m),
-            "columns": column_layout(4, n, m),
+            "columns": columns(4, n, m),
         }[name]
     x = np.arange(1, m + 1, dtype="float32")  # 0 is padding
     tiles = layout.split_keys(keras.ops.convert_to_tensor(x[None, :, None, None]), n)
@@ -153,5 +169,5 @@ def test_crop(start, length):
 @pytest.mark.parametrize("size", [4, 64])
 def test_a_length_that_divides_gets_no_extra_block(size):
     x = keras.ops.zeros((1, 4 * size, 1, 1))
-    (tile,) = block_layout(size, 4 * size).split_queries(x)
+    (tile,) = blocks(size, 4 * size).split_queries(x)
     assert tuple(tile.shape) == (1, 1, 4, size, 1)

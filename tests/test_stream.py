@@ -19,7 +19,7 @@ from sparse_attn import (
     sparse_attention,
     stream,
 )
-from sparse_attn.layouts import Halo, band_layout, block_layout, column_layout
+from sparse_attn.layouts import Halo, band_layout, grid_layout
 from sparse_attn.reference import dense_attention
 from sparse_attn.stream import PIECE_BYTES, schedule, score_bytes
 from tests.cases import Diagonals
@@ -340,8 +340,9 @@ def test_a_small_call_is_one_piece():
         band_layout(None, 0, 1, 8192, 8192),
         band_layout(None, None, 1, 8192, 8192),
         band_layout(100, 0, 7, 2**18, 2**18),
-        block_layout(512, 2**16),
-        column_layout(300, 2**17, 2**17),
+        grid_layout((512,), [(0, 0, 1), (None, None, 1)], 2**16, 2**16),
+        band_layout(None, None, 1, 2**17, 300),
+        grid_layout((256,), [(3, 3, 1), (3, 3, 1)], 2**16, 2**16),
     ],
     ids=repr,
 )

@@ -1,0 +1,100 @@
+"""Some rows of a tensor: picked out of all, and put back at their places."""
+
+from keras import ops
+
+from sparse_attn.layouts import crop
+
+
+class Chosen:
+    """The queries or the keys at chosen positions, of a sequence of some length.
+
+    Args:
+        ranges: the `Ranges` of the positions, or `None` for all of them.
+        size: the length of the sequence, int or int tensor.
+
+    Attributes:
+        count: how many are chosen, int or int tensor. Where the length is not
+            known, there may be some beyond its end.
+        positions: `(count,)` int32 tensor.
+        all_exist: whether all of them certainly lie within the sequence.
+    """
+
+    def __init__(self, ranges, size):
+        self.ranges, self.size = ranges, size
+        known = isinstance(size, int)
+        self.all_exist = known or ranges is None
+        self._rows = None
+        if ranges is None:
+            self.count, self.positions = size, ops.arange(size, dtype="int32")
+        elif known or ranges.period is None:
+            self._rows = ranges.positions(size if known else ranges.ranges[-1][1])
+            self.count = len(self._rows)
+            self.positions = ops.convert_to_tensor(self._rows)
+        else:
+            base = ranges.positions(ranges.period)
+            starts = ops.arange(-(-size // ranges.period), dtype="int32") * ranges.period
+            self.positions = ops.reshape(starts[:, None] + base[None, :], (-1,))
+            self.count = ops.shape(self.positions)[0]
+
+    def pick(self, x):
+        """The chosen rows of axis 1; zeros where one is beyond its end."""
+        if self.ranges is None:
+            return x
+        if self._is_one_range():
+            return crop(x, self._start, self.count)
+        return _pick(x, self.positions, self._places())
+
+    def place(self, x, fill):
+        """The inverse of `pick`: rows of axis 1 at their places, and a number elsewhere."""
+        if self.ranges is None:
+            return x
+        if self._is_one_range():
+            x = crop(x, -self._start, self.size)
+        else:
+            x = _pick(x, self._places(), self.positions)
+        if fill == 0:
+            return x
+        inside = self.ranges(ops.arange(self.size, dtype="int32"))
+        inside = ops.reshape(inside, (1, -1) + (1,) * (len(x.shape) - 2))
+        return ops.where(inside, x, ops.full((), fill, x.dtype))
+
+    def _is_one_range(self):
+        return self.ranges.period is None and len(self.ranges.ranges) == 1
+
+    @property
+    def _start(self):
+        return self.ranges.ranges[0][0]
+
+    def _places(self):
+        """For each position of the sequence its number among the chosen ones, or -1."""
+        numbers = ops.arange(self.size, dtype="int32")
+        total = sum(b - a for a, b in self.ranges.ranges)
+        period = self.ranges.period
+        rest = numbers if period is None else numbers % period
+        before = 0 if period is None else numbers // period * total
+        for a, b in self.ranges.ranges:
+            before = before + ops.clip(rest - a, 0, b - a)
+        return ops.where(self.ranges(numbers), before, -1)
+
+
+def _pick(x, rows, back):
+    """Rows of axis 1 by number, zeros for numbers that are no row; `back` are those of its adjoint.
+
+    The gradient is a pick as well: what frameworks do instead is slow.
+    """
+
+    @ops.custom_gradient
+    def pick(x, rows, back):
+        count = ops.shape(x)[1]
+        inside = (rows >= 0) & (rows < count)
+        found = ops.take(x, ops.where(inside, rows, 0), axis=1)
+        shape = (1, -1) + (1,) * (len(x.shape) - 2)
+        found = ops.where(ops.reshape(inside, shape), found, ops.zeros((), x.dtype))
+
+        def grad(*given, upstream=None):
+            upstream = given[-1] if upstream is None else upstream
+            return _pick(upstream, back, rows), None, None
+
+        return found, grad
+
+    return pick(x, rows, back)
