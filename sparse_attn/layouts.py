@@ -101,6 +101,12 @@ def _blocks(length, size):
     return (length + size - 1) // size
 
 
+def _even(blocks, most):
+    """The size of chunks of about `most` blocks of which the last is as full as can be."""
+    most = max(1, min(most, blocks))
+    return min(range(most, _blocks(2 * most, 3) - 1, -1), key=lambda size: -blocks % size)
+
+
 @dataclass(frozen=True)
 class Run:
     """Chunks of one shape: each is a stretch of queries and the stretch of keys that they meet.
@@ -204,9 +210,7 @@ class Halo:
 
     def cut(self, pairs):
         blocks = self._num_blocks(self.n)
-        chunk = max(1, pairs // (self.rate * self.width * (self.last - self.first)))
-        # Even chunks: the last is not half empty.
-        chunk = _blocks(blocks, _blocks(blocks, chunk))
+        chunk = _even(blocks, pairs // (self.rate * self.width * (self.last - self.first)))
         return replace(self, chunk=chunk) if chunk < blocks else self
 
     def runs(self):
@@ -255,7 +259,8 @@ class Halo:
 
     @property
     def step(self):
-        return self.width if isinstance(self.rate, int) and self.rate == 1 else 1
+        known = isinstance(self.rate, int) and isinstance(self.width, int)
+        return self.width if known and self.rate == 1 else 1
 
     @property
     def _step(self):
@@ -598,8 +603,7 @@ class Gather:
 
     def cut(self, pairs):
         blocks, listed = self.index.shape
-        chunk = max(1, pairs // (self.queries * self.keys * max(1, listed)))
-        chunk = _blocks(blocks, _blocks(blocks, chunk))  # even chunks
+        chunk = _even(blocks, pairs // (self.queries * self.keys * max(1, listed)))
         if chunk >= blocks:
             return self
         missing = _blocks(blocks, chunk) * chunk - blocks

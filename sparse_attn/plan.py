@@ -282,7 +282,8 @@ def _band_surplus(band, layout):
 
 def _grid_surplus(grid, layout):
     if isinstance(layout, Halo):  # of whole rows
-        return layout.width != math.prod(grid.sizes)
+        known = isinstance(layout.width, int)
+        return not known or layout.width != math.prod(grid.sizes)
     axes, bands = axes_of(layout), grid.bands
     if len(axes) != len(bands):
         return True

@@ -9,9 +9,13 @@ from sparse_attn import (
     Blocks,
     Causal,
     Dilated,
+    Fixed,
     Full,
+    Global,
     Local,
+    Neighborhood,
     Prefix,
+    Random,
     Strided,
     sparse_attention,
     stream,
@@ -25,7 +29,21 @@ pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="tf.function is TensorFlow's"
 )
 
-PATTERNS = [Full(), Causal(), Local(3), Atrous(4), Strided(3), Blocks(4), Prefix(3), *EXPRESSIONS]
+PATTERNS = [
+    Full(),
+    Causal(),
+    Local(3),
+    Atrous(4),
+    Strided(3),
+    Blocks(4),
+    Prefix(3),
+    Fixed(5, 2),
+    Global((0, 7, 8)),
+    Random(80, 4, 2),
+    Neighborhood((16, 5), 1),
+    Neighborhood((5, 4, 4), 1),
+    *EXPRESSIONS[::2],
+]
 
 
 def with_gradients(pattern, **options):
