@@ -116,6 +116,13 @@ def merge(parts):
     return out, highest + ops.log(total)
 
 
+def join_apart(parts):
+    """`merge` where a query has keys in one part at most, and 0 in others; `lse` may be `None`."""
+    outs, lses = zip(*parts, strict=True)
+    lse = None if None in lses else functools.reduce(larger, lses)
+    return sum(outs[1:], outs[0]), lse
+
+
 def public_lse(lse):
     """`-inf` for queries with no key, which inside of the package is a finite number."""
     return ops.where(lse < MASKED, ops.full((), -float("inf"), lse.dtype), lse)

@@ -12,6 +12,7 @@ either, whether one holds another, and the layout of each.
 """
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -23,7 +24,7 @@ from sparse_attn.layouts import (
     grid_layout,
     select_layout,
 )
-from sparse_attn.patterns import Band, Grid, Pattern, Ranges, leaf, listed
+from sparse_attn.patterns import Band, Grid, Pattern, Ranges, leaf, listed, look_up
 
 LONGEST = 2**31  # positions are int32: where a length is unknown, it is no longer than this
 
@@ -60,18 +61,23 @@ class Lists(Pattern):
     """Listed blocks: the block of `k_pos` is in the list of the block of `q_pos`.
 
     Args:
-        queries: a positive int, the size of a block of queries.
-        keys: a positive int, the size of a block of keys.
-        lists: for each block of queries a tuple of numbers of blocks of keys,
-            all equally long; negative ones are no blocks.
+        size: a positive int, the size of a block.
+        lists: for each block of the chosen queries a tuple of numbers of blocks
+            of keys, all equally long; negative ones are no blocks.
+        queries: `Ranges` of whole blocks, or `None` for all.
+        partial: behind so many blocks of each list all others are allowed as a
+            whole in the pattern that this bounds.
     """
 
-    queries: int
-    keys: int
+    size: int
     lists: tuple[tuple[int, ...], ...]
+    queries: Ranges | None = None
+    partial: int = 0
 
     def __repr__(self):
-        return f"Lists({self.queries}, {self.keys}, {len(self.lists)} lists)"
+        chosen = "" if self.queries is None else f", queries={self.queries!r}"
+        each = len(self.lists[0]) if self.lists else 0
+        return f"Lists({self.size}, {len(self.lists)} of {each} blocks{chosen})"
 
     @property
     def table(self):
@@ -79,7 +85,12 @@ class Lists(Pattern):
         return np.array(self.lists, "int32").reshape(len(self.lists), -1)
 
     def __call__(self, q_pos, k_pos):
-        return listed(self.table, q_pos // self.queries, k_pos // self.keys)
+        table, block = self.table, q_pos // self.size
+        if self.queries is None:
+            return listed(table, block, k_pos // self.size)
+        numbers = self.queries.count(np.arange(self.queries.ranges[-1][1] + self.size)) // self.size
+        number = look_up(numbers, block * self.size)
+        return listed(table, number, k_pos // self.size) & self.queries(q_pos)
 
 
 KINDS = (Band, Grid, Select, Lists)
@@ -198,6 +209,9 @@ def meet(a, b):
             if NotImplemented not in (queries, keys):
                 found = Select(queries, keys, _meet_bands(a.band, b.band))
                 return simplify(found, None, None), True
+    chosen = [getattr(x, "queries", None) for x in (a, b)]
+    if _meet_ranges(*chosen) == Ranges(()):
+        return None, True
     band = simplify(_meet_bands(as_band(a), as_band(b)), None, None)
     return band, band is None
 
@@ -257,6 +271,11 @@ def contains(outer, inner):
     return False
 
 
+def are_apart(chosen):
+    """Whether no position is certainly in two of some `Ranges`, of which `None` is all."""
+    return all(_meet_ranges(a, b) == Ranges(()) for a, b in itertools.combinations(chosen, 2))
+
+
 def _contains_ranges(outer, inner):
     return outer is None or (inner is not None and _meet_ranges(outer, inner) == inner)
 
@@ -287,8 +306,10 @@ def layout(bound, n=None, m=None):
             return grid_layout(sizes, [(x.left, x.right, x.rate) for x in bands], n, m)
         case Select(queries, keys, band):
             return select_layout(band.left, band.right, queries, keys, n, m)
-        case Lists():
-            return Gather(bound.table, bound.queries, bound.keys)
+        case Lists(size):
+            table = bound.table
+            exist = table.size > 0 and table.min() >= 0 and (table.max() + 1) * size <= (m or 0)
+            return Gather(table, size, size, pads_keys=not exist)
     raise TypeError(f"A bound must be one of {KINDS}. Received: {bound!r}")
 
 

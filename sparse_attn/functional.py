@@ -9,7 +9,8 @@ import numpy as np
 from einops import einsum, rearrange
 from keras import ops
 
-from sparse_attn.attend import merge, public_lse
+from sparse_attn.attend import join_apart, merge, public_lse
+from sparse_attn.bounds import Lists, are_apart
 from sparse_attn.checks import (
     check_bool,
     check_int,
@@ -145,9 +146,9 @@ def sparse_attention(
     else:
         parts = plan_at(pattern, q_pos, n, m, query.shape[-1]).parts
 
-    need_lse = return_lse or len(parts) > 1
     chosen = [[Chosen(x, size) for x, size in ((p.queries, n), (p.keys, m))] for p in parts]
-    need_lse = need_lse or any(queries.ranges is not None for queries, _ in chosen)
+    apart = are_apart([part.queries for part in parts])
+    need_lse = return_lse or not apart
     schedules = _schedules(parts, chosen, query, value, bias is not None, max_score_bytes)
     seeds = _seeds(schedules, query, seed) if dropout else [None] * len(parts)
     found = []
@@ -160,15 +161,14 @@ def sparse_attention(
         q, k, v = queries.pick(query), keys.pick(key), keys.pick(value)
         out, lse = attend_tiles(schedule_, q, k, v, tiles.masks, tiles.bias, **options)
         if lse is not None:
-            lse = rearrange(lse, "b n h 1 -> b n h")
-            out, lse = queries.place(out, 0.0), queries.place(lse, LOWEST)
-        found.append((out, lse))
+            lse = queries.place(rearrange(lse, "b n h 1 -> b n h"), LOWEST)
+        found.append((queries.place(out, 0.0), lse))
     if not found:  # the pattern allows nothing at these lengths
         shape = ops.shape(query)[:3]
         out = ops.zeros((*shape, value.shape[-1]), query.dtype)
         out = out + _zero_of(query, key, value)
         found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
-    out, lse = merge(found)
+    out, lse = join_apart(found) if apart else merge(found)
     if lse is not None:
         out = zero_masked(out, lse > MASKED)
     out = zero_masked(out, query_mask)
@@ -272,10 +272,24 @@ class _Tiles:
         if positions is None:
             positions = self._positions
 
+        partial = self._partial_keys()
+
         def evaluate(q_pos, k_pos):
-            return _evaluate(pattern, q_pos[0, 0], k_pos[0, 0])[None, None]
+            q_pos, k_pos = q_pos[0, 0], k_pos[0, 0]
+            if partial is None:
+                return _evaluate(pattern, q_pos, k_pos)[None, None]
+            allowed = _evaluate(pattern, q_pos, k_pos[..., :partial])
+            whole = k_pos.shape[-1] - partial
+            return ops.pad(allowed, ((0, 0), (0, 0), (0, whole)), constant_values=True)[None, None]
 
         return [Mask(evaluate, tuple(x[None, None] for x in pair)) for pair in positions]
+
+    def _partial_keys(self):
+        """How many keys at the start of each tile the predicate must be asked about, or `None`."""
+        bound = self.part.bound
+        if self.shifted or not isinstance(bound, Lists):
+            return None
+        return bound.partial * bound.size or None
 
     def _tiles_are_alike(self):
         if self.shifted or self.part.queries is not None or self.part.keys is not None:

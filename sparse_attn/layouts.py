@@ -590,12 +590,14 @@ class Gather:
             numbers of its blocks of keys; one that does not exist is no key.
         queries: rows in a block of queries.
         keys: rows in a block of keys.
+        pads_keys: whether some blocks do not exist, or not in full.
         chunk: blocks of queries in a chunk, or `None` for all of them.
     """
 
     index: object
     queries: int = 1
     keys: int = 1
+    pads_keys: bool = True
     chunk: int | None = None
 
     def at(self, n, m):
@@ -631,10 +633,6 @@ class Gather:
 
     def sample(self, q_pos, k_pos):
         return None
-
-    @property
-    def pads_keys(self):
-        return True
 
     @property
     def copies(self):

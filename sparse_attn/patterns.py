@@ -289,6 +289,12 @@ class Ranges:
         runs = np.split(positions, cuts) if len(positions) else []
         return cls(tuple((int(run[0]), int(run[-1]) + 1) for run in runs))
 
+    @classmethod
+    def of_blocks(cls, numbers, size, length):
+        """The positions of blocks, whose numbers are sorted."""
+        ranges = cls.of(numbers).ranges
+        return cls(tuple((a * size, min(b * size, length)) for a, b in ranges))
+
     def __repr__(self):
         ranges = " ".join(f"{a}:{b}" for a, b in self.ranges[:4])
         more = " ..." if len(self.ranges) > 4 else ""

@@ -19,11 +19,14 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from sparse_attn import recipes
+import numpy as np
+
+from sparse_attn import blocks, recipes
 from sparse_attn.bounds import (
     KINDS,
     Lists,
     Select,
+    as_band,
     contains,
     cost,
     hull,
@@ -66,11 +69,15 @@ from sparse_attn.patterns import (
     check_pattern,
     look_up,
 )
+from sparse_attn.tracing import eagerly
 
 MAX_PARTS = 4
 # What takes time beside the pairs, said in pairs: another part and its merge, and tiles at all.
 PART_PAIRS = 2**16
 TILE_PAIRS = 2**13
+FIND_PAIRS = 2**20  # of cheaper plans, no blocks are looked for
+MASK_COST = 0.25  # a mask, beside the pairs that it is of
+GATHER_COST = 16  # keys that are gathered, in rows of a block
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class Part:
 
     @classmethod
     def of(cls, bound, pattern, n, m):
-        chosen = (bound.queries, bound.keys) if isinstance(bound, Select) else (None, None)
+        chosen = (getattr(bound, name, None) for name in ("queries", "keys"))
         return cls(bound, pattern, layout(bound, n, m), *chosen, cost(bound, n, m))
 
 
@@ -179,9 +186,18 @@ def _plan(pattern, n, m):
 
 @functools.lru_cache(maxsize=1024)
 def _cached_plan(pattern, n, m, registered):
-    terms = _terms(pattern, n, m)
-    # The dearest first: the others give up what it allows.
-    terms.sort(key=lambda term: -cost(term.bound, n, m))
+    parts = _disjoint(_terms(pattern, n, m), n, m)
+    if n is not None and m is not None and _may_find(pattern, parts, n, m):
+        others = [_disjoint(terms, n, m) for terms in _found(pattern, parts, n, m)]
+        parts = min(parts, *others, key=_spent)
+    if parts and _spent(parts) + TILE_PAIRS >= cost(Band(), n, m):
+        parts = [Part.of(Band(), parts[0].pattern if len(parts) == 1 else pattern, n, m)]
+    return Plan(tuple(parts), n, m)
+
+
+def _disjoint(terms, n, m):
+    """Parts of terms; the dearest comes first, and the others give up what it allows."""
+    terms = sorted(terms, key=lambda term: -cost(term.bound, n, m))
     parts = []
     for i, term in enumerate(terms):
         exact = term.pattern
@@ -189,10 +205,108 @@ def _cached_plan(pattern, n, m, registered):
             if meet(term.bound, earlier.bound)[0] is not None:
                 exact = exact & ~earlier.pattern
         parts.append(Part.of(term.bound, exact, n, m))
-    overhead = TILE_PAIRS + PART_PAIRS * (len(parts) - 1)
-    if parts and sum(part.scored_pairs for part in parts) + overhead >= cost(Band(), n, m):
-        parts = [Part.of(Band(), parts[0].pattern if len(parts) == 1 else pattern, n, m)]
-    return Plan(tuple(parts), n, m)
+    return parts
+
+
+def _spent(parts):
+    """What parts cost, in pairs of a part that is laid out as it is."""
+    pairs = 0
+    for part in parts:
+        size = part.bound.size if isinstance(part.bound, Lists) else math.inf
+        masked = 0 if part.pattern == part.bound else MASK_COST
+        pairs += part.scored_pairs * (1 + masked + GATHER_COST / size)
+    return pairs + PART_PAIRS * (len(parts) - 1)
+
+
+def _may_find(pattern, parts, n, m):
+    """Whether blocks may be found that cost less than these parts.
+
+    Where a predicate is a user's own, with no bound; or where several parts are
+    made of blocks: these are one.
+    """
+    if _spent(parts) < FIND_PAIRS or all(part.pattern == part.bound for part in parts):
+        return False
+    return is_opaque(pattern) or blocks_of(pattern, n, m) >= blocks.SIZES[0]
+
+
+def _found(pattern, parts, n, m):
+    """Lists of terms: the pattern in the band that holds it, and in blocks of each size."""
+    bands = [as_band(part.bound) for part in parts]
+
+    def columns(first, last):
+        start = min(0 if band.left is None else first - band.left for band in bands)
+        stop = max(m if band.right is None else last + band.right + 1 for band in bands)
+        return start, stop
+
+    same = blocks_of(pattern, n, m)
+    base, same = (same, same) if same >= blocks.SIZES[0] else (blocks.SIZES[0], 1)
+    with eagerly():
+        found = blocks.find(pattern._answer, n, m, base, columns, same)
+    if found.band is not None:
+        yield _term(Band(*found.band), pattern, n, m)
+    for size in {base, *blocks.SIZES}:
+        if size % base == 0:
+            yield _listed(pattern, found.merged(size // base), n, m)
+
+
+def _listed(pattern, found, n, m):
+    """Terms of listed blocks."""
+    terms = []
+    for rows in blocks.groups(found.counts, found.size, PART_PAIRS):
+        queries = None if len(rows) == len(found.rows) else Ranges.of_blocks(rows, found.size, n)
+        longest = found.counts[rows].max()
+        if longest * found.size >= m:
+            bound = Band() if queries is None else Select(queries)
+            exact = all(found.whole[row].all() and len(found.rows[row]) == longest for row in rows)
+            terms.append(Term(bound, bound if exact else _within(pattern, queries)))
+            continue
+        lists, partial = [], 0
+        for row in rows:
+            numbers, whole = found.rows[row], found.whole[row]
+            partial = max(partial, int((~whole).sum()))
+            numbers = numbers[np.argsort(whole, kind="stable")].tolist()
+            lists.append(tuple(numbers + [-1] * (longest - len(numbers))))
+        bound = Lists(found.size, tuple(lists), queries, partial)
+        terms.append(Term(bound, bound if partial == 0 else _within(pattern, queries)))
+    return terms
+
+
+def _within(pattern, queries):
+    return pattern if queries is None else pattern & Select(queries)
+
+
+def is_opaque(pattern):
+    """Whether nothing is known of some predicate in a pattern."""
+    pattern = _registered(rewrite, pattern)
+    match pattern:
+        case And() | Or():
+            return is_opaque(pattern.first) or is_opaque(pattern.second)
+        case Not():
+            return is_opaque(pattern.pattern)
+    return type(pattern) not in bound.registry
+
+
+def blocks_of(pattern, n, m):
+    """The size of blocks that a pattern certainly allows or forbids as a whole; an int."""
+    pattern = _registered(rewrite, pattern)
+    match pattern:
+        case And() | Or():
+            return math.gcd(blocks_of(pattern.first, n, m), blocks_of(pattern.second, n, m))
+        case Not():
+            return blocks_of(pattern.pattern, n, m)
+        case Grid():
+            whole = all(band == Band() for band in pattern.bands[1:])
+            return math.prod(pattern.sizes) if whole else 1
+        case Lists():
+            return pattern.size
+        case Select():
+            edges = [0 if pattern.band == Band() else 1]
+            for chosen, size in ((pattern.queries, n), (pattern.keys, m)):
+                if chosen is not None:
+                    edges += [chosen.period or 0]
+                    edges += [x for pair in chosen.ranges for x in pair if x < size]
+            return math.gcd(*edges)
+    return 0 if pattern == Band() else 1
 
 
 def plan_at(pattern, q_pos, n, m, dim):
@@ -226,9 +340,8 @@ def _part_at(part, q_pos, n, m):
             index = band_rows(left, right, rate, q_pos, m)
         case Grid(sizes, bands):
             index = grid_rows(sizes, [(x.left, x.right, x.rate) for x in bands], q_pos, m)
-        case Lists(queries, keys):
-            blocks = look_up(bound.table, q_pos // queries)
-            index = block_rows(blocks, keys)
+        case Lists(size):
+            index = block_rows(look_up(bound.table, q_pos // size), size)
         case _:
             index = None
     n, m = (size if isinstance(size, int) else None for size in (n, m))
@@ -256,7 +369,7 @@ def has_surplus(part, layout):
         A list of bools. What only padding brings is not looked at.
     """
     pattern, runs = part.pattern, layout.runs()
-    if part.queries is not None or part.keys is not None:
+    if isinstance(part.bound, Select):
         needed = pattern != part.bound or part.bound.band != Band()
     elif isinstance(pattern, Band):
         return _band_surplus(pattern, layout)
@@ -395,9 +508,7 @@ rewrite.register(
 rewrite.register(Fixed, lambda pattern: Blocks(pattern.stride) | Select(keys=pattern.ends))
 rewrite.register(
     Random,
-    lambda pattern: Lists(
-        pattern.block_size, pattern.block_size, tuple(map(tuple, pattern.lists.tolist()))
-    ),
+    lambda pattern: Lists(pattern.block_size, tuple(map(tuple, pattern.lists.tolist()))),
 )
 for _kind in recipes.Recipe.__subclasses__():
     rewrite.register(_kind, lambda pattern: _registered(rewrite, pattern.pattern))

@@ -21,6 +21,19 @@ def unconverted(function):
     return tf.autograph.experimental.do_not_convert(function)
 
 
+def eagerly():
+    """A context in which operations give values, within a function that is traced too."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.init_scope()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.ensure_compile_time_eval()
+    return contextlib.nullcontext()
+
+
 def may_differentiate(tensors):
     """Whether the gradient by any of these tensors may be asked for; only PyTorch can say no."""
     if keras.backend.backend() != "torch":

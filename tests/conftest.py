@@ -3,6 +3,7 @@
 import importlib
 
 plan = importlib.import_module("sparse_attn.plan")
-DEFAULTS = {"PART_PAIRS": plan.PART_PAIRS, "TILE_PAIRS": plan.TILE_PAIRS}
+DEFAULTS = {name: getattr(plan, name) for name in ("PART_PAIRS", "TILE_PAIRS", "FIND_PAIRS")}
 for name in DEFAULTS:
     setattr(plan, name, 0)
+plan.blocks.SIZES = (2, 4)  # of blocks that are looked for

@@ -591,12 +591,19 @@ BAD = [
     (
         lambda: sparse_attention(Q, K, V, Answers(lambda q, k: q - k)),
         TypeError,
+        r"Answers.* must answer with bools. Received: dtype=int32",
+    ),
+    (
+        lambda: sparse_attention(
+            Q, K, V, Answers(lambda q, k: q - k), query_positions=np.arange(6)
+        ),
+        TypeError,
         "must be bool, True = may be attended. .*dtype=int32",
     ),
     (
         lambda: sparse_attention(Q, K, V, Answers(lambda q, k: np.ones((3, 3), bool))),
         ValueError,
-        r"must have shape \(1, 1 or 6, 1 or 7\). .*shape=\(1, 3, 3\)",
+        r"Answers.* must answer with a shape that broadcasts to \(2, 7\). .*shape=\(3, 3\)",
     ),
 ]
 

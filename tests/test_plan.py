@@ -1,5 +1,6 @@
 """Plans: every allowed pair in exactly one part, and never more work than dense."""
 
+import dataclasses
 import importlib
 
 import keras
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from sparse_attn import (
     Atrous,
     Band,
+    BigBird,
     Blocks,
     Causal,
     Dilated,
@@ -20,7 +22,7 @@ from sparse_attn import (
     Strided,
     plan,
 )
-from sparse_attn.bounds import Select
+from sparse_attn.bounds import Lists, Select
 from sparse_attn.chosen import Chosen
 from sparse_attn.functional import _Tiles
 from sparse_attn.layouts import Gather, Halo, Stairs
@@ -32,6 +34,7 @@ from tests.cases import (
     LENGTHS,
     UNEQUAL,
     Diagonals,
+    Near,
     expressions,
     lengths,
     longest,
@@ -197,9 +200,9 @@ def test_a_registered_bound_makes_a_pattern_fast():
             distance = q_pos - k_pos
             return (distance == 3) | (distance == -2)
 
-    assert plan(Spots(), 1000).share == 1
+    assert plan(Spots()).share == 1
     bound.register(Spots, lambda pattern: Local((3, 2)))
-    assert plan(Spots(), 1000).share < 0.1
+    assert plan(Spots()).share < 0.1
     check(Spots(), 29, 31)
 
 
@@ -237,6 +240,114 @@ def test_decoding_gathers_only_the_window():
     (part,) = parts
     assert isinstance(part.layout, Gather)
     assert part.layout.index.shape[1] == 17
+
+
+@pytest.fixture
+def default_costs(monkeypatch):
+    """The costs as users have them; other tests leave them out (`conftest.py`)."""
+    for name, value in DEFAULTS.items():
+        monkeypatch.setattr(plan_module, name, value)
+    plan_module._cached_plan.cache_clear()
+    yield
+    plan_module._cached_plan.cache_clear()
+
+
+# ---- Blocks that are found ---------------------------------------------------
+
+
+class Islands(Pattern):
+    """A user's predicate: squares that lie here and there, and one long row."""
+
+    def __call__(self, q_pos, k_pos):
+        return (q_pos // 16 * 7 % 11 == k_pos // 16 % 11) | (q_pos == 40)
+
+
+@pytest.mark.parametrize("n", [64, 200, 501])
+def test_blocks_of_a_users_own_predicate_are_found(n):
+    check(Islands(), n, n)
+    found = plan(Islands(), n)
+    allowed = Islands().mask(n).sum()
+    assert found.scored_pairs < 2 * allowed + 64 * n
+    assert {type(part.bound) for part in found} <= {Lists, Select}
+
+
+@pytest.mark.parametrize("pattern", [Islands(), Islands() & Causal(), ~Islands()], ids=repr)
+@pytest.mark.parametrize(("n", "m"), [(33, 100), (100, 33)])
+def test_blocks_are_found_at_unequal_lengths(pattern, n, m):
+    check(pattern, n, m)
+
+
+def test_a_users_own_band_is_taken_for_one():
+    (part,) = plan(Near(5), 400)
+    assert part.bound == Band(5, 5)
+    assert part.pattern == Near(5)
+
+
+def test_only_blocks_at_the_edge_are_masked():
+    class Edged(Pattern):
+        def __call__(self, q_pos, k_pos):
+            return (q_pos // 16 * 7 % 11 == k_pos // 16 % 11) | (q_pos - k_pos == 1)
+
+    n, seen = 480, 0
+    for part in plan(Edged(), n):
+        if not isinstance(part.bound, Lists) or part.pattern == part.bound:
+            continue
+        asked = []
+
+        class Spy(Pattern):
+            pattern = part.pattern
+
+            def __call__(self, q_pos, k_pos):
+                asked.append(k_pos.shape[-1])  # noqa: B023 - asked within this turn
+                return self.pattern(q_pos, k_pos)
+
+        spied = dataclasses.replace(part, pattern=Spy())
+        tiles = _Tiles(spied, part.layout, Chosen(part.queries, n), Chosen(None, n))
+        for mask in tiles.masks[0]:
+            mask.function(*mask.tensors)
+        assert asked == [part.bound.partial * part.bound.size]
+        seen += part.bound.partial < part.bound.table.shape[1]
+    assert seen
+
+
+def test_patterns_of_blocks_are_one_part_of_lists(default_costs):
+    pattern = BigBird(4096, 64, 3)
+    inner, ends = plan(pattern, 4096)
+    assert isinstance(inner.bound, Lists)
+    assert inner.pattern == inner.bound
+    assert inner.bound.table.shape == (62, 3 + 3 + 2)
+    assert ends.bound == ends.pattern == Select(Ranges(((0, 64), (4032, 4096))))
+
+
+def test_blocks_of_a_long_sequence_are_found_in_memory_that_follows_the_pattern():
+    import tracemalloc
+
+    tracemalloc.start()
+    plan_module._cached_plan.cache_clear()
+    (part,) = plan(Near(20), 2**15)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert part.bound == Band(20, 20)
+    assert peak < 2**27  # its mask would take 2**30 bytes
+
+
+def test_a_predicate_of_keras_operations_is_asked_within_a_traced_function():
+    class Table(Pattern):
+        def __call__(self, q_pos, k_pos):
+            return keras.ops.abs(q_pos - k_pos) < 3
+
+    x = np.ones((1, 64, 1, 2), "float32")
+    model_input = keras.Input((64, 1, 2))
+    from sparse_attn import sparse_attention
+
+    class Layer(keras.layers.Layer):
+        def call(self, x):
+            return sparse_attention(x, x, x, Table())
+
+    model = keras.Model(model_input, Layer()(model_input))
+    model.compile(run_eagerly=False)
+    assert model.predict(x, verbose=0).shape == x.shape
+    assert plan(Table(), 64).share < 0.5
 
 
 def test_lengths_that_a_pattern_cannot_relate():
@@ -294,16 +405,6 @@ def test_a_bound_of_the_wrong_type_is_named():
 
 
 # ---- What a part costs beside its pairs --------------------------------------
-
-
-@pytest.fixture
-def default_costs(monkeypatch):
-    """The costs as users have them; other tests leave them out (`conftest.py`)."""
-    for name, value in DEFAULTS.items():
-        monkeypatch.setattr(plan_module, name, value)
-    plan_module._cached_plan.cache_clear()
-    yield
-    plan_module._cached_plan.cache_clear()
 
 
 @pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
