@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import operator
 
 import keras
 import numpy as np
@@ -52,6 +53,7 @@ def sparse_attention(
     *,
     query_mask=None,
     key_mask=None,
+    segment_ids=None,
     attention_mask=None,
     bias=None,
     scale=None,
@@ -77,6 +79,10 @@ def sparse_attention(
             and `lse` `-inf`, and what it holds does not matter.
         key_mask: `(b, m)` bools, True = valid. What an invalid key or its
             value holds does not matter, be it NaN.
+        segment_ids: `(b, n)` ints, where `m == n`; or a pair of them, `(b, n)`
+            for the queries and `(b, m)` for the keys. Only what has the same
+            number may attend: for several documents in one sequence. Positions
+            run on through all of them.
         attention_mask: `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)` bools,
             True = may be attended. It is of size n * m by nature; prefer a
             pattern.
@@ -124,6 +130,7 @@ def sparse_attention(
     query, key, value, n, m = _check_tensors(query, key, value)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, bias)
     query_mask, key_mask, attention_mask, bias = masks
+    segment_ids = _check_segments(segment_ids, query, key)
     check_bool("return_lse", return_lse)
     dropout = check_rate("dropout", dropout)
     max_score_bytes = check_int("max_score_bytes", max_score_bytes, minimum=0)
@@ -155,7 +162,8 @@ def sparse_attention(
     for part, (queries, keys), schedule_, seed_ in zip(
         parts, chosen, schedules, seeds, strict=True
     ):
-        tiles = _Tiles(part, schedule_.layout, queries, keys, q_pos, key_mask, attention_mask, bias)
+        pairs = (key_mask, segment_ids, attention_mask, bias)
+        tiles = _Tiles(part, schedule_.layout, queries, keys, q_pos, *pairs)
         options = {"dropout": dropout, "seeds": seed_, "return_lse": need_lse}
         options["zero_unanswered"] = not (need_lse or tiles.answer_all)
         q, k, v = queries.pick(query), keys.pick(key), keys.pick(value)
@@ -228,6 +236,7 @@ class _Tiles:
         keys,
         q_pos=None,
         key_mask=None,
+        segment_ids=None,
         attention_mask=None,
         bias=None,
     ):
@@ -235,7 +244,8 @@ class _Tiles:
         self.shifted = q_pos is not None
         self.q_pos = q_pos if self.shifted else queries.positions
         self.k_pos = keys.positions
-        self.is_restricted = not all(x is None for x in (key_mask, attention_mask, bias))
+        restrictions = (key_mask, segment_ids, attention_mask, bias)
+        self.is_restricted = not all(x is None for x in restrictions)
         self.masks = self._pattern_masks()
         if key_mask is not None or layout.pads_keys or not keys.all_exist:
             valid = _as_rows(self.k_pos) < keys.size
@@ -243,6 +253,8 @@ class _Tiles:
                 valid = valid & keys.pick(key_mask[:, :, None, None])
             valid = layout.split_keys(valid, queries.count)
             self._restrict([rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in valid])
+        if segment_ids is not None:
+            self._restrict(*self._segments(*segment_ids))
         self.bias = []
         if attention_mask is not None:
             self._restrict(self._at_pairs(attention_mask))
@@ -326,8 +338,18 @@ class _Tiles:
             for q, k in zip(queries, keys, strict=True)
         ]
 
-    def _restrict(self, masks):
-        masks = [Mask(_as_it_is, (mask,)) for mask in masks]
+    def _segments(self, of_queries, of_keys):
+        """The numbers of the segments of each tile's queries, and of its keys."""
+        rows = self.layout.split_queries(self.queries.pick(of_queries[:, :, None, None]))
+        columns = self.layout.split_keys(
+            self.keys.pick(of_keys[:, :, None, None]), self.queries.count
+        )
+        return rows, [rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in columns]
+
+    def _restrict(self, *tensors):
+        """Allow what a mask does, or what is equal in two tensors."""
+        function = _as_it_is if len(tensors) == 1 else operator.eq
+        masks = [Mask(function, each) for each in zip(*tensors, strict=True)]
         self.masks = [[*terms, mask] for terms, mask in zip(self.masks, masks, strict=True)]
 
     def _at_pairs(self, x):
@@ -375,6 +397,7 @@ def attention_weights(
     *,
     query_mask=None,
     key_mask=None,
+    segment_ids=None,
     attention_mask=None,
     scale=None,
 ):
@@ -396,6 +419,7 @@ def attention_weights(
         Chosen(None, n),
         Chosen(None, m),
         key_mask=key_mask,
+        segment_ids=_check_segments(segment_ids, query, key),
         attention_mask=attention_mask,
     )
     (q,), (k,) = dense.split_queries(query), dense.split_keys(key, n)
@@ -457,6 +481,25 @@ def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
         bias = ops.cast(bias, wide(query.dtype))
         bias = _four_axes(check_tensor("bias", bias, "float", *pairs))
     return query_mask, key_mask, attention_mask, bias
+
+
+def _check_segments(segment_ids, query, key):
+    """A pair of int tensors `(b, n)` and `(b, m)`, or `None`."""
+    if segment_ids is None:
+        return None
+    (b, n), m = query.shape[:2], key.shape[1]
+    if isinstance(segment_ids, (tuple, list)):
+        requirement = "ints (b, n), or a pair of them for queries and keys"
+        if len(segment_ids) != 2:
+            raise ValueError(received("segment_ids", requirement, segment_ids))
+        names, pair = ("segment_ids[0]", "segment_ids[1]"), segment_ids
+    else:
+        names, pair = ("segment_ids", "segment_ids"), (segment_ids, segment_ids)
+    found = []
+    for name, x, size in zip(names, pair, (n, m), strict=True):
+        x = check_tensor(name, _to_tensor(name, x), "int", (b, size))
+        found.append(ops.cast(x, "int32"))
+    return found
 
 
 def _four_axes(x):

@@ -15,6 +15,7 @@ def dense_attention(
     *,
     query_mask=None,
     key_mask=None,
+    segment_ids=None,
     attention_mask=None,
     bias=None,
     scale=None,
@@ -34,6 +35,7 @@ def dense_attention(
         pattern: a `Pattern`, or any predicate `(q_pos, k_pos) -> bool`.
         query_mask: `(b, n)` bools, True = valid, or `None`.
         key_mask: `(b, m)` bools, True = valid, or `None`.
+        segment_ids: `(b, n)` ints, or a pair of them for queries and keys, or `None`.
         attention_mask: bools that broadcast to `(b, h, n, m)`, or `(b, n, m)`, or `None`.
         bias: numbers of the same shapes, added to the scaled scores, or `None`.
         scale: a number, `d ** -0.5` by default.
@@ -60,6 +62,10 @@ def dense_attention(
     allowed = np.broadcast_to(allowed, (b, h, n, m))
     if attention_mask is not None:
         allowed = allowed & _heads(attention_mask)
+    if segment_ids is not None:
+        pair = segment_ids if isinstance(segment_ids, (tuple, list)) else (segment_ids,) * 2
+        of_queries, of_keys = map(np.asarray, pair)
+        allowed = allowed & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
     valid_query = np.ones((b, n), bool) if query_mask is None else np.asarray(query_mask)
     valid_key = np.ones((b, m), bool) if key_mask is None else np.asarray(key_mask)
     allowed = allowed & valid_query[:, None, :, None] & valid_key[:, None, None, :]

@@ -479,6 +479,21 @@ BAD = [
         "`attention_mask` must be bool",
     ),
     (
+        lambda: sparse_attention(Q, K, V, Full(), segment_ids=np.zeros((2, 6), int)),
+        ValueError,
+        r"`segment_ids` must have shape \(2, 7\). .*shape=\(2, 6\)",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), segment_ids=(np.zeros((2, 6), int),)),
+        ValueError,
+        "`segment_ids` must be ints .*a pair of them for queries and keys",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), segment_ids=(np.zeros((2, 6)),) * 2),
+        TypeError,
+        r"`segment_ids\[0\]` must be of an int dtype. .*dtype=float",
+    ),
+    (
         lambda: sparse_attention(Q, K, V, Full(), bias=np.ones((7, 6))),
         ValueError,
         r"`bias` must have shape .* Received: bias.shape=\(7, 6\)",

@@ -29,7 +29,16 @@ ALLOWED = {
     "tracing": {"contextlib", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "keras", "einops"}
     | {"attend", "layouts", "masking", "tracing"},
-    "functional": {"functools", "itertools", "math", "keras", "numpy", "einops", "attend"}
+    "functional": {
+        "functools",
+        "itertools",
+        "math",
+        "operator",
+        "keras",
+        "numpy",
+        "einops",
+        "attend",
+    }
     | {"bounds", "checks", "chosen", "masking", "patterns", "plan", "stream", "tracing"},
 }
 

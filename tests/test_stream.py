@@ -9,12 +9,19 @@ import pytest
 
 from sparse_attn import (
     Atrous,
+    Axial,
+    BigBird,
     Blocks,
     Causal,
     Dilated,
+    Fixed,
     Full,
+    Global,
     Local,
+    Longformer,
+    Neighborhood,
     Prefix,
+    Random,
     Strided,
     sparse_attention,
     stream,
@@ -22,7 +29,7 @@ from sparse_attn import (
 from sparse_attn.layouts import Halo, band_layout, grid_layout
 from sparse_attn.reference import dense_attention
 from sparse_attn.stream import PIECE_BYTES, schedule, score_bytes
-from tests.cases import Diagonals
+from tests.cases import Diagonals, Near
 from tests.compare import (
     BACKEND,
     FLOAT,
@@ -48,6 +55,15 @@ PATTERNS = [
     Causal() & (Local(3) | Prefix(2)),
     Local(4) & Diagonals(),
     Diagonals(),
+    Near(3),
+    Longformer(3, (0, 20)),
+    Causal() & Fixed(6, 2),
+    BigBird(40, 4, 1),
+    Random(40, 4, 2),
+    Neighborhood((7, 6), 1),
+    Neighborhood((8, 5), 1, 2) & Causal(),
+    Neighborhood((4, 3, 4), 1),
+    Axial((4, 3, 4)),
 ]
 # How small the pieces are, and whether they are kept.
 MODES = {
@@ -83,6 +99,19 @@ def test_every_path_takes_a_mask_of_pairs(pattern, mode):
     mask = np.random.default_rng(5).random((2, 2, 37, 37)) < 0.6
     for shape in (mask, mask[:, :1], mask[:1, 0]):
         assert_equals_oracle(pattern, 37, 37, attention_mask=shape, **mode)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_every_path_takes_segments(pattern, mode):
+    segments = np.sort(np.random.default_rng(5).integers(0, 5, (2, 37)), axis=1)
+    assert_equals_oracle(pattern, 37, 37, segment_ids=segments, **random_masks(37, 37), **mode)
+
+
+@pytest.mark.parametrize("pattern", [Local(3), Causal() & Strided(4), Global(2)], ids=repr)
+def test_every_path_takes_segments_of_queries_and_keys(pattern, mode):
+    rng = np.random.default_rng(5)
+    segments = rng.integers(0, 3, (2, 21)), rng.integers(0, 4, (2, 37))
+    assert_equals_oracle(pattern, 21, 37, segment_ids=segments, **mode)
 
 
 @pytest.mark.parametrize("pattern", [Local(3), Causal()], ids=repr)

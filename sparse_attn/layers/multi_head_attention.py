@@ -57,6 +57,9 @@ class MultiHeadAttention(keras.layers.Layer):
             dropout. The output is the same as without them.
         training: whether to apply dropout.
         use_causal_mask: whether to use `Causal() & pattern`.
+        segment_ids: `(b, n)` ints, or a pair of them for queries and keys: only
+            what has the same number may attend, as for several documents in
+            one sequence.
 
     Returns:
         `(b, n, *output_shape)`, or a pair of it and the weights.
@@ -149,6 +152,7 @@ class MultiHeadAttention(keras.layers.Layer):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        segment_ids=None,
     ):
         if key is None:
             key, key_mask = value, value_mask if key_mask is None else key_mask
@@ -160,6 +164,7 @@ class MultiHeadAttention(keras.layers.Layer):
                 check_mask("value_mask", value_mask, value.shape[:2]),
             ),
             "attention_mask": attention_mask,
+            "segment_ids": segment_ids,
         }
         q = self._project(self.query_dense, query, masks["query_mask"])
         k = self._project(self.key_dense, key, masks["key_mask"])
@@ -242,6 +247,7 @@ class MultiHeadAttention(keras.layers.Layer):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        segment_ids=None,
     ):
         key = value if key is None else key
         self._check_shapes(query.shape, value.shape, key.shape)

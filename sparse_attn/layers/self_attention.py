@@ -24,8 +24,8 @@ class SelfAttention(MultiHeadAttention):
         query: `(b, n, features)`.
         mask: `(b, n)` bools, True = valid; Keras fills it in. `query_mask`
             is another name for it.
-        attention_mask, return_attention_scores, training, use_causal_mask: as
-            for `MultiHeadAttention`.
+        attention_mask, return_attention_scores, training, use_causal_mask,
+            segment_ids: as for `MultiHeadAttention`.
 
     Returns:
         `(b, n, *output_shape)`, or a pair of it and the `(b, h, n, n)` weights.
@@ -61,6 +61,7 @@ class SelfAttention(MultiHeadAttention):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        segment_ids=None,
     ):
         # Keras fills in `mask` beside one tensor, `query_mask` beside several.
         mask = query_mask if mask is None else check_mask("mask", mask, query.shape[:2])
@@ -73,6 +74,7 @@ class SelfAttention(MultiHeadAttention):
             return_attention_scores=return_attention_scores,
             training=training,
             use_causal_mask=use_causal_mask,
+            segment_ids=segment_ids,
         )
 
     def compute_output_shape(self, query_shape):
