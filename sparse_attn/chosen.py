@@ -1,4 +1,6 @@
-"""Some rows of a tensor: picked out of all, and put back at their places."""
+"""Some rows or heads of a tensor: picked out of all, and put back at their places."""
+
+import itertools
 
 from keras import ops
 
@@ -98,3 +100,32 @@ def _pick(x, rows, back):
         return found, grad
 
     return pick(x, rows, back)
+
+
+def share_out(x, heads, axis):
+    """A tensor's heads, shared out: for each list of heads a tensor of these.
+
+    Args:
+        x: a tensor, or `None`; an axis of size 1 is that of every head.
+        heads: lists of numbers, in which each head is once.
+        axis: that of the heads.
+    """
+    if x is None or x.shape[axis] == 1 < sum(map(len, heads)):
+        return [x] * len(heads)
+    ends = list(itertools.accumulate(len(numbers) for numbers in heads))[:-1]
+    x = _reorder(x, list(itertools.chain(*heads)), axis)
+    return ops.split(x, ends, axis=axis) if ends else [x]
+
+
+def bring_together(tensors, heads, axis):
+    """The inverse of `share_out`."""
+    x = tensors[0] if len(tensors) == 1 else ops.concatenate(tensors, axis=axis)
+    order = list(itertools.chain(*heads))
+    return _reorder(x, sorted(range(len(order)), key=order.__getitem__), axis)
+
+
+def _reorder(x, order, axis):
+    if order == sorted(order):
+        return x
+    heads = ops.split(x, len(order), axis=axis)  # its gradient is a concatenation
+    return ops.concatenate([heads[number] for number in order], axis=axis)

@@ -70,8 +70,20 @@ def _pattern(node):
 
 
 def _argument(node):
-    """A literal, or a pattern, as in `And(Causal(), Local(3))`."""
+    """A literal, a pattern, or lists of patterns, as in `PerHead([Causal()] * 2 + [Local(3)])`."""
     try:
         return ast.literal_eval(node)
     except ValueError:
-        return _pattern(node)
+        pass  # there is more in it
+    match node:
+        case ast.List(elements) | ast.Tuple(elements):
+            return [_argument(element) for element in elements]
+        case ast.BinOp(left, ast.Add(), right):
+            left, right = _argument(left), _argument(right)
+            if isinstance(left, list) and isinstance(right, list):
+                return left + right
+        case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))) if times <= 1024:
+            left = _argument(left)
+            if isinstance(left, list):
+                return left * times
+    return _pattern(node)

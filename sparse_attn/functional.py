@@ -20,7 +20,7 @@ from sparse_attn.checks import (
     check_tensor,
     received,
 )
-from sparse_attn.chosen import Chosen
+from sparse_attn.chosen import Chosen, bring_together, share_out
 from sparse_attn.masking import (
     LOWEST,
     MASKED,
@@ -30,7 +30,7 @@ from sparse_attn.masking import (
     wide,
     zero_masked,
 )
-from sparse_attn.patterns import Band, Grid, check_pattern
+from sparse_attn.patterns import Band, Grid, PerHead, check_pattern
 from sparse_attn.plan import Part, answers_all, axes_of, has_surplus, period, plan, plan_at
 from sparse_attn.stream import (
     MAX_SCORE_BYTES,
@@ -74,7 +74,8 @@ def sparse_attention(
         query: `(b, n, h, d)` float tensor or array.
         key: `(b, m, h, d)`, of the same dtype.
         value: `(b, m, h, e)`, of the same dtype.
-        pattern: a `Pattern`: which pairs of positions may attend.
+        pattern: a `Pattern`: which pairs of positions may attend; or a
+            `PerHead`, one for each head or group of heads.
         query_mask: `(b, n)` bools, True = valid. An invalid query gets `out` 0
             and `lse` `-inf`, and what it holds does not matter.
         key_mask: `(b, m)` bools, True = valid. What an invalid key or its
@@ -142,6 +143,12 @@ def sparse_attention(
     query = query * _scale(query, scale)
 
     check_pattern("pattern", pattern)
+    if isinstance(pattern, PerHead):
+        options = {"query_mask": query_mask, "key_mask": key_mask, "segment_ids": segment_ids}
+        options |= {"query_positions": query_positions, "dropout": dropout, "scale": 1.0}
+        options["return_lse"] = return_lse
+        of_heads = (query, key, value, attention_mask, bias)
+        return _per_head(pattern, of_heads, seed, max_score_bytes, options)
     known = [size if isinstance(size, int) else None for size in (n, m)]
     q_pos = None
     if query_positions is not None:
@@ -191,6 +198,25 @@ def _zero_of(*tensors):
     """The number 0, whose gradients by these tensors are 0: PyTorch asks for a link to them."""
     sums = [ops.sum(ops.where(False, x, ops.zeros((), x.dtype))) for x in tensors]
     return sum(sums[1:], sums[0])
+
+
+def _per_head(pattern, of_heads, seed, max_score_bytes, options):
+    """`sparse_attention` for the heads of each distinct pattern, put together again."""
+    num_heads = of_heads[0].shape[2]
+    groups = pattern.groups(num_heads)
+    heads = list(groups.values())
+    shares = [share_out(x, heads, axis) for x, axis in zip(of_heads, (2, 2, 2, 1, 1), strict=True)]
+    found = []
+    for number, (each, tensors) in enumerate(zip(groups, zip(*shares, strict=True), strict=True)):
+        query, key, value, attention_mask, bias = tensors
+        budget = max_score_bytes * len(heads[number]) // num_heads
+        options |= {"attention_mask": attention_mask, "bias": bias, "max_score_bytes": budget}
+        # No two groups drop alike.
+        own_seed = seed + number if isinstance(seed, int) else seed
+        found.append(sparse_attention(query, key, value, each, seed=own_seed, **options))
+    if not options["return_lse"]:
+        return bring_together(found, heads, axis=2)
+    return tuple(bring_together(x, heads, axis=2) for x in zip(*found, strict=True))
 
 
 def _schedules(parts, chosen, query, value, has_bias, max_score_bytes):
@@ -411,6 +437,18 @@ def attention_weights(
     check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
     query = query * _scale(query, scale)
+    segment_ids = _check_segments(segment_ids, query, key)
+    if isinstance(pattern, PerHead):
+        groups = pattern.groups(query.shape[2])
+        heads = list(groups.values())
+        axes = ((query, 2), (key, 2), (attention_mask, 1))
+        shares = [share_out(x, heads, axis) for x, axis in axes]
+        options = {"query_mask": query_mask, "key_mask": key_mask, "segment_ids": segment_ids}
+        found = [
+            attention_weights(q, k, each, attention_mask=mask, scale=1.0, **options)
+            for each, q, k, mask in zip(groups, *shares, strict=True)
+        ]
+        return bring_together(found, heads, axis=1)
     part = Part.of(Band(), pattern, None, None)  # one tile, of all pairs
     dense = part.layout
     tiles = _Tiles(
@@ -419,7 +457,7 @@ def attention_weights(
         Chosen(None, n),
         Chosen(None, m),
         key_mask=key_mask,
-        segment_ids=_check_segments(segment_ids, query, key),
+        segment_ids=segment_ids,
         attention_mask=attention_mask,
     )
     (q,), (k,) = dense.split_queries(query), dense.split_keys(key, n)

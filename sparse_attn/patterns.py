@@ -206,16 +206,16 @@ class Pattern(metaclass=_Frozen):
         return f"{type(self).__name__}({', '.join(arguments)})"
 
     def __and__(self, other):
-        return And(self, other)
+        return _join(And, self, other)
 
     def __rand__(self, other):
-        return And(other, self)
+        return _join(And, other, self)
 
     def __or__(self, other):
-        return Or(self, other)
+        return _join(Or, self, other)
 
     def __ror__(self, other):
-        return Or(other, self)
+        return _join(Or, other, self)
 
     def __invert__(self):
         return Not(self)
@@ -342,6 +342,18 @@ def _check_operands(symbol, *operands):
     for operand in operands:
         if not isinstance(operand, Pattern):
             raise TypeError(f"`{symbol}` joins patterns, such as Local(64). Received: {operand!r}")
+
+
+def _join(kind, first, second):
+    """`kind(first, second)`; with a `PerHead`, head by head."""
+    sizes = {len(x.patterns) for x in (first, second) if isinstance(x, PerHead)}
+    if not sizes:
+        return kind(first, second)
+    if len(sizes) > 1:
+        raise ValueError(f"Two PerHead must have equally many patterns. Received: {sizes}")
+    (size,) = sizes
+    first, second = (x.patterns if isinstance(x, PerHead) else (x,) * size for x in (first, second))
+    return PerHead(tuple(_join(kind, a, b) for a, b in zip(first, second, strict=True)))
 
 
 def _wrap(pattern, *kinds):
@@ -949,3 +961,71 @@ class Not(Pattern):
 
     def __invert__(self):
         return self.pattern
+
+
+@leaf
+class PerHead(Pattern):
+    """A pattern for each head, or for each group of heads.
+
+    The heads are shared out evenly and in order: with 8 heads and 4 patterns,
+    each pattern has two neighbouring heads. `&`, `|` and `~` go into it:
+    `Causal() & PerHead(patterns)` is causal in every head.
+
+    Args:
+        patterns: a sequence of `Pattern`; not of `PerHead` in turn.
+
+    Example:
+
+    >>> from sparse_attn import Atrous, Local, PerHead
+    >>> pattern = PerHead([Local(64)] * 4 + [Atrous(16)] * 4)
+    >>> pattern.mask(100).shape
+    (8, 100, 100)
+    """
+
+    patterns: tuple[Pattern, ...]
+
+    def __post_init__(self):
+        requirement = "a sequence of at least one Pattern, none of them a PerHead"
+        if not isinstance(self.patterns, (tuple, list)):
+            raise TypeError(received("patterns", requirement, self.patterns))
+        if not self.patterns:
+            raise ValueError(received("patterns", requirement, self.patterns))
+        for pattern in self.patterns:
+            if not isinstance(pattern, Pattern) or isinstance(pattern, PerHead):
+                raise TypeError(received("patterns", requirement, self.patterns))
+        set_fields(self, patterns=tuple(self.patterns))
+
+    def groups(self, num_heads):
+        """The heads of each distinct pattern: a dict of lists of numbers."""
+        if num_heads % len(self.patterns):
+            raise ValueError(
+                f"The number of heads must be a multiple of {len(self.patterns)}, the number of "
+                f"patterns of a PerHead. Received: {num_heads} heads"
+            )
+        share, groups = num_heads // len(self.patterns), {}
+        for number, pattern in enumerate(self.patterns):
+            heads = range(number * share, (number + 1) * share)
+            groups.setdefault(pattern, []).extend(heads)
+        return groups
+
+    def check_lengths(self, n, m):
+        for pattern in self.patterns:
+            pattern.check_lengths(n, m)
+
+    def mask(self, n, m=None):
+        """The patterns as a `(patterns, n, m)` boolean numpy array; see `Pattern.mask`."""
+        return np.stack([pattern.mask(n, m) for pattern in self.patterns])
+
+    def text(self, n, m=None, width=64):
+        """The distinct patterns, one below the other; see `Pattern.text`."""
+        drawn = dict.fromkeys(self.patterns)
+        return "\n\n".join(f"{pattern!r}\n{pattern.text(n, m, width)}" for pattern in drawn)
+
+    def __call__(self, q_pos, k_pos):
+        raise TypeError(
+            "A PerHead has a predicate for each head: call one of its `patterns`. "
+            f"Received: {self!r}"
+        )
+
+    def __invert__(self):
+        return PerHead(tuple(~pattern for pattern in self.patterns))

@@ -34,7 +34,7 @@ from sparse_attn.bounds import (
     meet,
     simplify,
 )
-from sparse_attn.checks import check_int
+from sparse_attn.checks import check_int, received
 from sparse_attn.layouts import (
     NOMINAL_LENGTH,
     Gather,
@@ -62,6 +62,7 @@ from sparse_attn.patterns import (
     Not,
     Or,
     Pattern,
+    PerHead,
     Prefix,
     Random,
     Ranges,
@@ -174,6 +175,8 @@ def plan(pattern, n=None, m=None):
            262,144 pairs in Band(None, 0, 64), masked by Band(None, 0, 64) & ~Band(64, 0)
     """
     check_pattern("pattern", pattern)
+    if isinstance(pattern, PerHead):
+        raise TypeError(received("pattern", "one of the `patterns` of a PerHead", pattern))
     n = None if n is None else check_int("n", n, minimum=1)
     m = n if m is None else check_int("m", m, minimum=1)
     pattern.check_lengths(n, m)
