@@ -536,3 +536,28 @@ def test_a_layer_streams_beyond_its_max_score_bytes():
     assert again.max_score_bytes == layer.max_score_bytes
     with pytest.raises(ValueError, match="`max_score_bytes` must be"):
         SelfAttention(2, 4, max_score_bytes=-1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_documents_give_what_each_gives_alone(causal):
+    layer = LocalSelfAttention(2, 4, window=3, causal=causal)
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(1, 11, 8)), rng.normal(size=(1, 8, 8))
+    packed = np.concatenate([first, second], axis=1).astype("float32")
+    segments = np.array([[0] * 11 + [1] * 8])
+    out, weights = layer(packed, segment_ids=segments, return_attention_scores=True)
+    alone = [to_numpy(layer(x.astype("float32"))) for x in (first, second)]
+    np.testing.assert_allclose(to_numpy(out), np.concatenate(alone, axis=1), atol=1e-5)
+    assert not to_numpy(weights)[0, :, :11, 11:].any()
+
+
+def test_segments_are_an_input_of_a_functional_model():
+    x, segments = keras.Input((None, 8)), keras.Input((None,), dtype="int32")
+    model = keras.Model([x, segments], SelfAttention(2, 4, Local(3))(x, segment_ids=segments))
+    data = np.random.default_rng(0).normal(size=(2, 13, 8)).astype("float32")
+    numbers = np.sort(np.random.default_rng(1).integers(0, 3, (2, 13)), axis=1).astype("int32")
+    found = model.predict([data, numbers], verbose=0)
+    layer = model.layers[-1]
+    mask = numbers[:, :, None] == numbers[:, None, :]
+    expected = to_numpy(layer(data, attention_mask=mask))
+    np.testing.assert_allclose(found, expected, atol=1e-5)

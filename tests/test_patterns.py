@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import zlib
 
 import keras
 import numpy as np
@@ -11,18 +14,32 @@ from hypothesis import given, settings
 import sparse_attn.expressions as expressions_module
 from sparse_attn import (
     Atrous,
+    Axial,
     Band,
+    BigBird,
     Blocks,
     Causal,
     Dilated,
+    Fixed,
     Full,
+    Global,
+    Grid,
     Local,
+    Longformer,
+    Neighborhood,
     Pattern,
     Prefix,
+    PrefixLM,
+    Random,
+    SparseTransformer,
+    StreamingLLM,
     Strided,
     parse_pattern,
 )
+from sparse_attn.patterns import look_up
 from tests.cases import EXPRESSIONS, LEAVES, Diagonals, Near, expressions
+
+DRAWN_BLOCKS = [[1, 2], [2, 4], [0, 2], [3, 5], [1, 5], [3, 5]]
 
 DRAWN = {
     Full(): """
@@ -109,6 +126,106 @@ DRAWN = {
         0 0 0 0 1 1
         0 0 0 0 0 1
         0 0 0 0 0 0""",
+    Blocks(2, reach=1): """
+        1 1 1 1 0 0
+        1 1 1 1 0 0
+        1 1 1 1 1 1
+        1 1 1 1 1 1
+        0 0 1 1 1 1
+        0 0 1 1 1 1""",
+    Fixed(3): """
+        1 1 1 0 0 1
+        1 1 1 0 0 1
+        1 1 1 0 0 1
+        0 0 1 1 1 1
+        0 0 1 1 1 1
+        0 0 1 1 1 1""",
+    Fixed(3, 2): """
+        1 1 1 0 1 1
+        1 1 1 0 1 1
+        1 1 1 0 1 1
+        0 1 1 1 1 1
+        0 1 1 1 1 1
+        0 1 1 1 1 1""",
+    SparseTransformer(3, "fixed"): """
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        0 0 1 1 0 0
+        0 0 1 1 1 0
+        0 0 1 1 1 1""",
+    SparseTransformer(3): """
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        1 1 1 1 0 0
+        0 1 1 1 1 0
+        0 0 1 1 1 1""",
+    Global(1): """
+        1 1 1 1 1 1
+        1 0 0 0 0 0
+        1 0 0 0 0 0
+        1 0 0 0 0 0
+        1 0 0 0 0 0
+        1 0 0 0 0 0""",
+    Longformer(1, (4,)): """
+        1 1 0 0 1 0
+        1 1 1 0 1 0
+        0 1 1 1 1 0
+        0 0 1 1 1 0
+        1 1 1 1 1 1
+        0 0 0 0 1 1""",
+    StreamingLLM(1, sinks=2): """
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        1 1 1 1 0 0
+        1 1 0 1 1 0
+        1 1 0 0 1 1""",
+    PrefixLM(3): """
+        1 1 1 0 0 0
+        1 1 1 0 0 0
+        1 1 1 0 0 0
+        1 1 1 1 0 0
+        1 1 1 1 1 0
+        1 1 1 1 1 1""",
+    # Rows of the grid: 0 1 2 and 3 4 5.
+    Neighborhood((2, 3), 1): """
+        1 1 0 1 1 0
+        1 1 1 1 1 1
+        0 1 1 0 1 1
+        1 1 0 1 1 0
+        1 1 1 1 1 1
+        0 1 1 0 1 1""",
+    Neighborhood((2, 3), (0, 1), (1, 2)): """
+        1 0 1 0 0 0
+        0 1 0 0 0 0
+        1 0 1 0 0 0
+        0 0 0 1 0 1
+        0 0 0 0 1 0
+        0 0 0 1 0 1""",
+    Axial((2, 3)): """
+        1 1 1 1 0 0
+        1 1 1 0 1 0
+        1 1 1 0 0 1
+        1 0 0 1 1 1
+        0 1 0 1 1 1
+        0 0 1 1 1 1""",
+    # A grid of 1 x 2 x 3: along the second axis 0 3, 1 4, 2 5, along the third 0 1 2, 3 4 5.
+    Axial((1, 2, 3)): """
+        1 1 1 1 0 0
+        1 1 1 0 1 0
+        1 1 1 0 0 1
+        1 0 0 1 1 1
+        0 1 0 1 1 1
+        0 0 1 1 1 1""",
+    Grid((3,), (Band(0, 0), Band(None, 0))): """
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        0 0 0 1 0 0
+        0 0 0 1 1 0
+        0 0 0 1 1 1""",
     Causal() & (Local(1) | Prefix(1)): """
         1 0 0 0 0 0
         1 1 0 0 0 0
@@ -135,6 +252,74 @@ def test_pattern_looks_as_drawn(pattern):
     mask = pattern.mask(6)
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, drawn(DRAWN[pattern]))
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (3, 4, 2), (2, 2, 2, 3)])
+def test_neighborhood_by_definition(shape):
+    points = np.array(list(np.ndindex(*shape)))
+    for window, dilation in [(0, 1), (1, 1), (2, 1), (1, 2)]:
+        distance = np.abs(points[:, None] - points[None, :])
+        near = (distance <= window * dilation) & (distance % dilation == 0)
+        pattern = Neighborhood(shape, window, dilation)
+        np.testing.assert_array_equal(pattern.mask(len(points)), near.all(axis=-1))
+    same = points[:, None] == points[None, :]
+    expected = same.sum(axis=-1) >= len(shape) - 1
+    np.testing.assert_array_equal(Axial(shape).mask(len(points)), expected)
+
+
+def test_a_wide_neighborhood_is_full_and_a_flat_one_is_local():
+    assert Neighborhood((4, 6), 6).mask(24).all()
+    assert Neighborhood((3, 2, 4), (3, 2, 4)).mask(24).all()
+    np.testing.assert_array_equal(Neighborhood((30,), 4).mask(30), Local(4).mask(30))
+    np.testing.assert_array_equal(Neighborhood((30,), 2, 3).mask(30), Dilated(2, 3).mask(30))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bigbird_has_the_stated_number_of_random_blocks_in_each_row(seed):
+    n, size, drawn = 24 * 5, 5, 3
+    pattern = BigBird(n, size, drawn, seed)
+    blocks = pattern.mask(n).reshape(24, size, 24, size)
+    np.testing.assert_array_equal(blocks.any(axis=(1, 3)), blocks.all(axis=(1, 3)))
+    blocks = blocks.any(axis=(1, 3))
+    ends = [0, 23]
+    assert blocks[ends].all()
+    assert blocks[:, ends].all()
+    near = Local(1).mask(24)
+    assert blocks[near].all()
+    random = blocks & ~near
+    random[:, ends] = False
+    np.testing.assert_array_equal(random[1:-1].sum(axis=1), np.full(22, drawn))
+    assert not np.array_equal(pattern.mask(n), BigBird(n, size, drawn, seed + 1).mask(n))
+
+
+def test_random_draws_as_many_as_there_are():
+    pattern = Random(20, 4, num_blocks=3, skip=Local(1))
+    counts = pattern.mask(20)[::4, ::4].sum(axis=1)
+    assert counts.tolist() == [3, 2, 2, 2, 3]
+    assert Random(20, 4, num_blocks=9).mask(20).all()
+    assert not Random(20, 4, num_blocks=0).mask(20).any()
+
+
+def test_random_blocks_are_the_same_in_another_process():
+    pattern = BigBird(400, 8, 3, seed=5)
+    code = f"""if True:
+        import zlib
+        from sparse_attn import BigBird
+        print(zlib.crc32({pattern!r}.mask(400).tobytes()))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+    assert int(done.stdout) == zlib.crc32(pattern.mask(400).tobytes())
+    # And in every version: these were drawn when the pattern was written.
+    drawn = [row[row >= 0].tolist() for row in Random(60, 10, 2, seed=1).lists]
+    assert drawn == DRAWN_BLOCKS
+
+
+def test_look_up_is_a_table_at_arrays_and_tensors():
+    table = np.array([[1, 2], [3, 4], [5, 6]])
+    index = np.array([[0, 2], [1, 9]])
+    expected = [[[1, 2], [5, 6]], [[3, 4], [5, 6]]]
+    assert look_up(table, index).tolist() == expected
+    found = look_up(table, keras.ops.convert_to_tensor(index))
+    assert keras.ops.convert_to_numpy(found).tolist() == expected
 
 
 @pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
@@ -341,6 +526,42 @@ BAD = [
     (lambda: Dilated(-1, 2), ValueError, "`window` must be a non-negative int. .*window=-1"),
     (lambda: Dilated(1, 0), ValueError, "`rate` must be a positive int. Received: rate=0"),
     (lambda: Blocks(0), ValueError, "`size` must be a positive int. Received: size=0"),
+    (lambda: Blocks(3, -1), ValueError, "`reach` must be a non-negative int. .*reach=-1"),
+    (lambda: Fixed(0), ValueError, "`stride` must be a positive int. Received: stride=0"),
+    (lambda: Fixed(3, 4), ValueError, "`summary` must be at most the stride, 3. .*summary=4"),
+    (lambda: Fixed(3, 0), ValueError, "`summary` must be a positive int. .*summary=0"),
+    (lambda: Global(-1), ValueError, "`positions` must be a non-negative int, how many, or a seq"),
+    (lambda: Global((1, -2)), ValueError, r"Received: positions=\(1, -2\)"),
+    (lambda: Global(1.5), TypeError, "`positions` must be .* Received: positions=1.5"),
+    (lambda: Global("ab"), TypeError, "`positions` must be .* Received: positions='ab'"),
+    (lambda: Random(0), ValueError, "`length` must be a positive int. Received: length=0"),
+    (lambda: Random(9, 0), ValueError, "`block_size` must be a positive int. .*block_size=0"),
+    (lambda: Random(9, 2, -1), ValueError, "`num_blocks` must be a non-negative int"),
+    (lambda: Random(9, seed=2**32), ValueError, r"`seed` must be an int in \[0, 2\*\*32\)"),
+    (lambda: Random(9, skip=3), TypeError, "`skip` must be a Pattern of block numbers or None"),
+    (lambda: Random(9, 2).mask(10), ValueError, r"is drawn for lengths up to 9. .*n=10, m=10"),
+    (lambda: BigBird(9, num_random_blocks=-1), ValueError, "`num_random_blocks` must be a non-neg"),
+    (lambda: BigBird(9).mask(10), ValueError, r"is drawn for lengths up to 9. .*n=10, m=10"),
+    (lambda: Neighborhood(5, 1), TypeError, "`shape` must be a tuple of positive ints. .*shape=5"),
+    (lambda: Neighborhood((), 1), ValueError, r"`shape` must be .* Received: shape=\(\)"),
+    (lambda: Neighborhood((3, 0), 1), ValueError, r"`shape` must be .*shape=\(3, 0\)"),
+    (lambda: Neighborhood((3, 3), -1), ValueError, "`window` must be a non-negative int. .*=-1"),
+    (
+        lambda: Neighborhood((3, 3), (1, 2, 3)),
+        ValueError,
+        r"`window` must be a non-negative int or a tuple of 2 of them. .*=\(1, 2, 3\)",
+    ),
+    (lambda: Neighborhood((3, 3), 1, 0), ValueError, "`dilation` must be a positive int. .*=0"),
+    (lambda: Neighborhood((3, 3), 1).mask(10), ValueError, "has 9 positions. Received: n=10, m=10"),
+    (lambda: Axial((3,)), ValueError, r"`shape` must be a tuple of at least 2 .*shape=\(3,\)"),
+    (lambda: Axial((3, 2)).mask(7), ValueError, "has 6 positions. Received: n=7, m=7"),
+    (lambda: Grid((3,), (Band(),)), ValueError, "`bands` must be 2 of Band. Received: bands="),
+    (lambda: Grid((3,), 1), TypeError, "`bands` must be a tuple of Band. Received: bands=1"),
+    (lambda: Longformer(-1), ValueError, "`window` must be a non-negative int or a pair"),
+    (lambda: StreamingLLM(3, -1), ValueError, "`sinks` must be a non-negative int. .*sinks=-1"),
+    (lambda: PrefixLM(-1), ValueError, "`prefix` must be a non-negative int. .*prefix=-1"),
+    (lambda: SparseTransformer(3, "local"), ValueError, '`kind` must be "strided" or "fixed"'),
+    (lambda: SparseTransformer(3, summary=2), ValueError, "`summary` must be left out unless kind"),
     (lambda: Prefix(-1), ValueError, "`length` must be a non-negative int. .*length=-1"),
     (lambda: Prefix("4"), TypeError, "`length` must be a non-negative int. .*length='4'"),
     (lambda: Band(0.5), TypeError, "`left` must be an int. Received: left=0.5"),
