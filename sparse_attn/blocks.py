@@ -65,10 +65,10 @@ def find(answer, n, m, size, columns, same=1):
     rows, whole, left, right = [], [], None, None
     step = same
     for first in range(0, n, size):
-        q_pos = np.arange(first, min(first + size, n), step, dtype="int32")
+        q_pos = np.arange(first, min(first + size, n), step)
         start, stop = columns(first, min(first + size, n) - 1)
         start, stop = max(start, 0) // size * size, min(stop, m)
-        k_pos = np.arange(start, max(stop, start), step, dtype="int32")
+        k_pos = np.arange(start, max(stop, start), step)
         if not len(k_pos):
             rows.append(np.zeros(0, int))
             whole.append(np.zeros(0, bool))

@@ -193,7 +193,8 @@ def _cached_plan(pattern, n, m, registered):
     if n is not None and m is not None and _may_find(pattern, parts, n, m):
         others = [_disjoint(terms, n, m) for terms in _found(pattern, parts, n, m)]
         parts = min(parts, *others, key=_spent)
-    if parts and _spent(parts) + TILE_PAIRS >= cost(Band(), n, m):
+    pairs = sum(part.scored_pairs for part in parts)
+    if parts and pairs + TILE_PAIRS + PART_PAIRS * (len(parts) - 1) >= cost(Band(), n, m):
         parts = [Part.of(Band(), parts[0].pattern if len(parts) == 1 else pattern, n, m)]
     return Plan(tuple(parts), n, m)
 
