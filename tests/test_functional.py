@@ -606,7 +606,7 @@ BAD = [
     (
         lambda: sparse_attention(Q, K, V, Answers(lambda q, k: q - k)),
         TypeError,
-        r"Answers.* must answer with bools. Received: dtype=int32",
+        r"Answers.* must answer with bools. Received: dtype=int64",
     ),
     (
         lambda: sparse_attention(
