@@ -62,34 +62,29 @@ def find(answer, n, m, size, columns, same=1):
     Returns:
         `Blocks`.
     """
-    rows, whole, left, right = [], [], None, None
-    step = same
+    rows, whole, left, right = [], [], [], []
     for first in range(0, n, size):
-        q_pos = np.arange(first, min(first + size, n), step)
+        q_pos = np.arange(first, min(first + size, n), same)
         start, stop = columns(first, min(first + size, n) - 1)
         start, stop = max(start, 0) // size * size, min(stop, m)
-        k_pos = np.arange(start, max(stop, start), step)
+        k_pos = np.arange(start, max(stop, start), same)
         if not len(k_pos):
             rows.append(np.zeros(0, int))
             whole.append(np.zeros(0, bool))
             continue
         found = answer(q_pos, k_pos)
-        per_block = size // step
-        edges = np.arange(0, len(k_pos), per_block)
+        edges = np.arange(0, len(k_pos), size // same)
         some = np.flatnonzero(np.logical_or.reduceat(found.any(axis=0), edges))
+        # Of a block at the end, only the keys that there are must be allowed.
         every = np.logical_and.reduceat(found.all(axis=0), edges)
-        # A block at the end is whole only as far as there are keys.
         rows.append(some + start // size)
         whole.append(every[some])
-        if same == 1:
-            asked = np.flatnonzero(found.any(axis=1))
-            if len(asked):
-                queries, allowed = q_pos[asked], found[asked]
-                ahead = k_pos[-1] - allowed[:, ::-1].argmax(axis=1) - queries
-                behind = queries - (k_pos[0] + allowed.argmax(axis=1))
-                left = max(behind.max(), behind.max() if left is None else left)
-                right = max(ahead.max(), ahead.max() if right is None else right)
-    band = None if left is None else (int(left), int(right))
+        asked = np.flatnonzero(found.any(axis=1))
+        if same == 1 and len(asked):
+            queries, allowed = q_pos[asked], found[asked]
+            left.append((queries - k_pos[0] - allowed.argmax(axis=1)).max())
+            right.append((k_pos[-1] - allowed[:, ::-1].argmax(axis=1) - queries).max())
+    band = (int(max(left)), int(max(right))) if left else None
     return Blocks(size, rows, whole, band)
 
 

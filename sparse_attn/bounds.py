@@ -193,8 +193,7 @@ def within(chosen, length):
 def meet(a, b):
     """A bound that holds what both do and whether it is just that; `(None, True)` if empty.
 
-    Where it is not, it is the one of the two that `cost` finds cheaper, or the
-    meeting of the bands that hold them.
+    Where it is not, it is the meeting of the bands that hold them.
     """
     match a, b:
         case Band(), Band():

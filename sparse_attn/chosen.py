@@ -2,9 +2,11 @@
 
 import itertools
 
+from einops import rearrange
 from keras import ops
 
 from sparse_attn.layouts import crop
+from sparse_attn.masking import zero_masked
 
 
 class Chosen:
@@ -25,17 +27,15 @@ class Chosen:
         self.ranges, self.size = ranges, size
         known = isinstance(size, int)
         self.all_exist = known or ranges is None
-        self._rows = None
         if ranges is None:
             self.count, self.positions = size, ops.arange(size, dtype="int32")
         elif known or ranges.period is None:
-            self._rows = ranges.positions(size if known else ranges.ranges[-1][1])
-            self.count = len(self._rows)
-            self.positions = ops.convert_to_tensor(self._rows)
+            rows = ranges.positions(size if known else ranges.ranges[-1][1])
+            self.count, self.positions = len(rows), ops.convert_to_tensor(rows)
         else:
             base = ranges.positions(ranges.period)
             starts = ops.arange(-(-size // ranges.period), dtype="int32") * ranges.period
-            self.positions = ops.reshape(starts[:, None] + base[None, :], (-1,))
+            self.positions = rearrange(starts[:, None] + base[None, :], "t i -> (t i)")
             self.count = ops.shape(self.positions)[0]
 
     def pick(self, x):
@@ -89,9 +89,7 @@ def _pick(x, rows, back):
     def pick(x, rows, back):
         count = ops.shape(x)[1]
         inside = (rows >= 0) & (rows < count)
-        found = ops.take(x, ops.where(inside, rows, 0), axis=1)
-        shape = (1, -1) + (1,) * (len(x.shape) - 2)
-        found = ops.where(ops.reshape(inside, shape), found, ops.zeros((), x.dtype))
+        found = zero_masked(ops.take(x, ops.where(inside, rows, 0), axis=1), inside[None])
 
         def grad(*given, upstream=None):
             upstream = given[-1] if upstream is None else upstream

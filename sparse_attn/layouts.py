@@ -659,7 +659,7 @@ class Gather:
         x = rearrange(tiles[0], "b h t (j w) d -> (b h t j) (w d)", w=self.keys)
         starts = (blocks + 1) * ops.arange(batch * heads, dtype="int32")
         numbers = rearrange(self._numbers(blocks), "t j -> (t j)")
-        numbers = ops.reshape(starts[:, None] + numbers[None, :], (-1,))
+        numbers = rearrange(starts[:, None] + numbers[None, :], "x y -> (x y)")
         x = sum_segments(x, numbers, batch * heads * (blocks + 1))
         x = rearrange(x, "(b h u) (w d) -> b (u w) h d", b=batch, h=heads, w=self.keys)
         return crop(x, 0, m)

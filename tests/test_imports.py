@@ -24,7 +24,7 @@ ALLOWED = {
     "blocks": {"dataclasses", "itertools", "numpy"},
     "plan": {"functools", "itertools", "math", "dataclasses", "numpy", "blocks", "bounds"}
     | {"checks", "layouts", "patterns", "recipes", "tracing"},
-    "chosen": {"itertools", "keras", "layouts"},
+    "chosen": {"itertools", "einops", "keras", "layouts", "masking"},
     "attend": {"checks", "functools", "einops", "keras", "masking"},
     "tracing": {"contextlib", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "keras", "einops"}
