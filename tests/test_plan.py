@@ -17,6 +17,7 @@ from sparse_attn import (
     Dilated,
     Full,
     Local,
+    Neighborhood,
     Pattern,
     Prefix,
     Strided,
@@ -101,6 +102,12 @@ def test_each_pair_is_scored_exactly_once(pattern, n):
 @pytest.mark.parametrize("pattern", LEAVES + EXPRESSIONS, ids=repr)
 def test_each_pair_is_scored_exactly_once_at_unequal_lengths(pattern, n, m):
     check(pattern, n, m)
+
+
+def test_the_last_row_of_a_grid_may_not_be_full():
+    # A dense outer axis pads nothing itself.
+    for n, m in [(5, 13), (13, 5), (7, 7)]:
+        check(Neighborhood((70, 4), 2, 2), n, m)
 
 
 @given(expressions, lengths, lengths)
