@@ -6,6 +6,8 @@ Its library is imported in its own process only.
 import functools
 from dataclasses import dataclass
 
+import numpy as np
+
 from benchmarks.inputs import DIM, FEATURES, HEADS, weights
 
 CONTENDERS = {}
@@ -38,7 +40,7 @@ def contender(name, framework, about, **options):
 def _pattern(job):
     from sparse_attn import parse_pattern
 
-    return parse_pattern(job.pattern)
+    return parse_pattern(job.expression)
 
 
 @contender("sparse_attn TensorFlow", "tensorflow", "`sparse_attention` in a `tf.function`")
@@ -202,6 +204,26 @@ def _our_layer(job):
 
 
 @contender(
+    "SelfAttention TensorFlow",
+    "tensorflow",
+    "`SelfAttention(8, 64, pattern)` of sparse_attn in a `tf.function`",
+    kind="layer",
+)
+@contender(
+    "SelfAttention PyTorch",
+    "torch",
+    "`SelfAttention(8, 64, pattern)` of sparse_attn, not compiled",
+    kind="layer",
+)
+def _our_general_layer(job):
+    from sparse_attn.layers import SelfAttention
+
+    layer = SelfAttention(HEADS, DIM, _pattern(job))
+    layer.build((1, job.n, FEATURES))
+    return _with_weights(layer)
+
+
+@contender(
     "Keras MultiHeadAttention",
     "tensorflow",
     "`keras.layers.MultiHeadAttention(8, 64, sliding_window=window + 1)`",
@@ -228,36 +250,97 @@ def _with_weights(layer):
     "Longformer PyTorch",
     "torch",
     "`LongformerSelfAttention(attention_window=2 * window)` of transformers, and a `Linear` for "
-    "the output, which it leaves to its caller",
+    "the output, which it leaves to its caller; its projections of global positions have the "
+    "weights of the others",
     kind="layer",
 )
 def _longformer(job):
     import torch
     from transformers.models.longformer import modeling_longformer as longformer
 
+    from sparse_attn import Global, Longformer
+
+    pattern = _pattern(job)
+    positions = pattern.global_positions if isinstance(pattern, Longformer) else 0
     config = longformer.LongformerConfig(
         hidden_size=FEATURES,
         num_attention_heads=HEADS,
-        attention_window=[2 * _pattern(job).window],
+        attention_window=[2 * pattern.window],
         attention_probs_dropout_prob=0.0,
     )
     layer = longformer.LongformerSelfAttention(config, layer_id=0)
-    del layer.query_global, layer.key_global, layer.value_global  # nothing is global here
+    if positions == 0:
+        del layer.query_global, layer.key_global, layer.value_global
+    attend, parts = _with_output(layer)
+    _set_linear(parts)
+    if positions != 0:
+        _set_linear([layer.query_global, layer.key_global, layer.value_global])
+    free = torch.zeros((1, job.n))
+    is_global = torch.from_numpy(Global(positions).ranges(np.arange(job.n)))[None]
+    options = {"attention_mask": free + 10000 * is_global, "is_index_masked": free.bool()}
+    options |= {"is_index_global_attn": is_global, "is_global_attn": bool(is_global.any())}
+    return attend(lambda x: layer(x, **options)[0])
+
+
+@contender(
+    "BigBird PyTorch",
+    "torch",
+    "`BigBirdBlockSparseAttention` of transformers, with the random blocks of the pattern, and a "
+    "`Linear` for the output, which it leaves to its caller",
+    kind="layer",
+)
+def _bigbird(job):
+    import torch
+    from transformers.models.big_bird import modeling_big_bird as big_bird
+
+    pattern = _pattern(job)
+    config = big_bird.BigBirdConfig(
+        hidden_size=FEATURES,
+        num_attention_heads=HEADS,
+        max_position_embeddings=job.n,
+        block_size=pattern.block_size,
+        num_random_blocks=pattern.num_random_blocks,
+        attention_probs_dropout_prob=0.0,
+        use_bias=True,
+    )
+    layer = big_bird.BigBirdBlockSparseAttention(config, seed=0)
+    drawn = pattern.drawn.lists[1:-1]
+    layer._bigbird_block_rand_mask = lambda *sizes, **options: drawn
+    layer._bigbird_block_rand_mask_with_head = lambda **options: [drawn] * HEADS
+    attend, parts = _with_output(layer)
+    _set_linear(parts)
+    make_masks = big_bird.BigBirdModel.create_masks_for_block_sparse_attn
+    masks = make_masks(torch.ones((1, job.n)), pattern.block_size)
+    blocked, band_mask, from_mask, to_mask = masks
+    options = {"band_mask": band_mask, "from_mask": from_mask, "to_mask": to_mask}
+    options |= {"from_blocked_mask": blocked, "to_blocked_mask": blocked}
+    return attend(lambda x: layer(x, **options)[0])
+
+
+def _with_output(layer):
+    """A `Linear` behind a layer of PyTorch: what makes the contender, and all four projections."""
+    import torch
+
     output = torch.nn.Linear(FEATURES, FEATURES)
+
+    def attend(function):
+        def whole(x):
+            return output(function(x))
+
+        whole.parameters = torch.nn.ModuleList([layer, output]).parameters
+        return whole
+
+    return attend, (layer.query, layer.key, layer.value, output)
+
+
+def _set_linear(parts):
+    import torch
+
     arrays = [torch.from_numpy(x) for x in weights()]
-    parts = (layer.query, layer.key, layer.value, output)
     with torch.no_grad():
-        for linear, kernel, bias in zip(parts, arrays[::2], arrays[1::2], strict=True):
+        for linear, kernel, bias in zip(parts, arrays[::2], arrays[1::2], strict=False):
             linear.weight.copy_(kernel.T)
             linear.bias.copy_(bias)
-    free = torch.zeros((1, job.n))
-    masks = {"is_index_masked": free.bool(), "is_index_global_attn": free.bool()}
-
-    def attend(x):
-        return output(layer(x, attention_mask=free, is_global_attn=False, **masks)[0])
-
-    attend.parameters = torch.nn.ModuleList([layer, output]).parameters
-    return attend
 
 
 @contender("GEMM TensorFlow", "tensorflow", "a product of two `(n, n)` matrices", kind="gemm")

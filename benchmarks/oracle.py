@@ -56,7 +56,7 @@ def expected(job, kind):
         return [(at, arrays[0][at].astype("float64") @ arrays[1])]
     training = job.task == "training"
     grad = inputs.upstream(kind, job.n) if training else np.broadcast_to(0.0, arrays[0].shape)
-    pattern = parse_pattern(job.pattern)
+    pattern = parse_pattern(job.expression)
     if kind == "attention":
         found = _attention(pattern, *arrays, grad, training)
     else:

@@ -1,5 +1,7 @@
 """What is compared: rows of jobs that are timed in turns, and the bars they must reach."""
 
+import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +14,11 @@ TF, XLA, JAX, TORCH = (
 )
 FLEX, LUCID = "PyTorch FlexAttention", "local-attention"
 TF_LAYER, TORCH_LAYER = "LocalSelfAttention TensorFlow", "LocalSelfAttention PyTorch"
+TF_SELF, TORCH_SELF = "SelfAttention TensorFlow", "SelfAttention PyTorch"
 SDPA, SDPA_CUDNN = ("PyTorch SDPA", FULL), ("PyTorch SDPA cuDNN", FULL)
 DENSE = ("Keras dense", FULL)
 NARROW, WIDE = "tiles half as wide", "tiles twice as wide"
+PEERS = {"BigBird(n)": "BigBird PyTorch", "Longformer(256, 2)": "Longformer PyTorch"}
 TILES = ["Local(16)", "Local(64)", LOCAL, "Local(1024)", "Causal()"]
 # The lengths of a curve, and where each ends: at what fits in memory and patience.
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
@@ -31,6 +35,7 @@ class Job:
     """What one process computes: batch 1, 8 heads of 64, or a layer of that size.
 
     `task` is "forward", or "training": forward, and the gradients of all inputs and weights.
+    In the pattern's expression `n` is the length.
     """
 
     contender: str
@@ -39,6 +44,11 @@ class Job:
     task: str = "forward"
     dtype: str = "float32"
     device: str = "cpu"
+
+    @property
+    def expression(self):
+        """The pattern's expression at the length of the job."""
+        return re.sub(r"\bn\b", str(self.n), self.pattern)
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,17 @@ def cpu_rows(shrink=1):
         contenders = [TORCH_LAYER, TF_LAYER, "Longformer PyTorch"]
         bars = [Bar("speed", None, 0, 2), Bar("speed", None, 1, 2)]
         add(f"Longformer, {task}, {LOCAL}", 4096, task, contenders, bars)
+        length = 4096 // shrink
+        for n in (4096, 8192):
+            for pattern, peer in PEERS.items():
+                contenders = [(x, pattern) for x in (TF_SELF, TORCH_SELF, peer)]
+                limit = 0.4 if task == "forward" else 0.5
+                bars = [Bar("time", limit, 0, 2), Bar("time", None, 1, 2)]
+                add(f"layer, {task}, {pattern}", n, task, contenders, bars)
+        side = math.isqrt(length)
+        contenders = [(TF, f"Neighborhood(({side}, {length // side}), 3)"), DENSE]
+        limit = 8 if task == "forward" else None
+        add(f"Neighborhood, {task}", 4096, task, contenders, [Bar("speed", limit, 0, 1)])
         rows.append(_share(task, "GEMM TensorFlow", [TF], 16384 // shrink, 4096 // shrink, share))
     rows.append(
         Row(

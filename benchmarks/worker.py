@@ -68,7 +68,7 @@ def prepare(job):
         oracle.check(short, contender.kind, _arrays(short, contender, framework, short_call()))
     from sparse_attn import parse_pattern
 
-    flops = inputs.flops(contender.kind, parse_pattern(job.pattern), job.n, job.task)
+    flops = inputs.flops(contender.kind, parse_pattern(job.expression), job.n, job.task)
     ready = {"base": base, "above": peak - base, "peak": max(start_peak, peak)}
     return call, {"job": asdict(job), **ready, "errors": errors, "flops": flops}
 

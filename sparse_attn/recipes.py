@@ -93,17 +93,16 @@ class BigBird(Recipe):
         )
 
     @property
+    def drawn(self):
+        """The random blocks, a `Random`."""
+        skip = Local(1) | Global((0, (self.length - 1) // self.block_size))
+        return Random(self.length, self.block_size, self.num_random_blocks, self.seed, skip)
+
+    @property
     def pattern(self):
         size, last = self.block_size, (self.length - 1) // self.block_size
         ends = Global((*range(size), *range(last * size, self.length)))
-        drawn = Random(
-            self.length,
-            size,
-            self.num_random_blocks,
-            self.seed,
-            skip=Local(1) | Global((0, last)),
-        )
-        return Blocks(size, reach=1) | ends | drawn
+        return Blocks(size, reach=1) | ends | self.drawn
 
 
 @leaf
