@@ -37,6 +37,7 @@ The layout of a run has, beside these,
 Lengths may be unknown (`None`): then all sizes follow from the tensors.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ import numpy as np
 from einops import rearrange
 from keras import ops
 
-from sparse_attn.tracing import sum_segments
+from sparse_attn.tracing import eagerly, sum_segments
 
 # Sizes of tiles. The row "tiles" of the benchmark compares them with their halves and doubles.
 WIDTH_FACTOR = 64  # the width of a tile is the root of this many times its band's
@@ -533,52 +534,52 @@ class Nested:
         return self.outer.scored_pairs * self.inner.scored_pairs
 
     def split_queries(self, x):
-        return [
-            self._split(tile, x.shape[2], self.inner.split_queries)
-            for tile in self.outer.split_queries(self._rows(x))
-        ]
+        return [take_rows(x, rows) for rows in self._query_rows(ops.shape(x)[1])]
 
     def split_keys(self, x, n):
-        return [
-            self._split(tile, x.shape[2], lambda y: self.inner.split_keys(y, self.row))
-            for tile in self.outer.split_keys(self._rows(x), _blocks(n, self.row))
-        ]
+        return [take_rows(x, rows) for rows in self._key_rows(n, ops.shape(x)[1])]
 
     def sum_keys(self, tiles, n, m):
-        heads, points = tiles[0].shape[1], self.inner.tile_shape[1]
-        rows = [
-            self._join(x, points, lambda y: self.inner.sum_keys(y, self.row, self.row))
-            for x in tiles
-        ]
-        x = self.outer.sum_keys(rows, _blocks(n, self.row), _blocks(m, self.row))
-        return self._points(x, heads, m)
+        return add_rows(tiles, self._key_rows(n, m), m)
 
     def join(self, tiles, n):
-        heads, points = tiles[0].shape[1], self.inner.tile_shape[0]
-        rows = [self._join(x, points, lambda y: self.inner.join(y, self.row)) for x in tiles]
-        return self._points(self.outer.join(rows, _blocks(n, self.row)), heads, n)
+        return add_rows(tiles, self._query_rows(n), n)
 
-    def _rows(self, x):
-        x = crop(x, 0, _blocks(ops.shape(x)[1], self.row) * self.row)
-        return rearrange(x, "b (y x) h d -> b y 1 (x h d)", x=self.row)
+    def _query_rows(self, n):
+        """For each run the rows `(t, i)` of its tiles, negative for padding."""
+        return self._row_numbers("split_queries", n)
 
-    def _points(self, x, heads, length):
-        x = rearrange(x, "b y 1 (x h d) -> b (y x) h d", x=self.row, h=heads)
-        return crop(x, 0, length)
+    def _key_rows(self, n, m):
+        return self._row_numbers("split_keys", m, n)
 
-    def _split(self, rows, heads, split):
-        """Tiles of rows `(b, 1, t, i, (x h d))` to tiles of the grid."""
-        _, _, t, i, _ = ops.shape(rows)
-        x = rearrange(rows, "b 1 t i (x h d) -> (b t i) x h d", x=self.row, h=heads)
-        (x,) = split(x)
-        return rearrange(x, "(b t i) h u k d -> b h (t u) (i k) d", t=t, i=i)
+    def _row_numbers(self, split, *sizes):
+        """Vectors are moved once; axis by axis only the numbers of their rows are."""
+        if all(isinstance(size, int) for size in (*sizes, *_sizes(self.outer))):
+            return _known_rows(self, split, *sizes)
+        return self._split_numbers(split, *sizes)
 
-    def _join(self, tile, points, join):
-        """Tiles of the grid to tiles of rows."""
-        _, _, t, i, _ = ops.shape(tile)
-        t, i = t // self.inner.tiles, i // points
-        x = rearrange(tile, "b h (t u) (i k) d -> (b t i) h u k d", t=t, i=i)
-        return rearrange(join([x]), "(b t i) x h d -> b 1 t i (x h d)", t=t, i=i)
+    def _split_numbers(self, split, length, n=None):
+        numbers = ops.arange(1, _blocks(length, self.row) * self.row + 1, dtype="int32")
+        x = rearrange(numbers, "(y x) -> 1 y 1 x", x=self.row)
+        behind = () if n is None else (_blocks(n, self.row),)
+        found = []
+        for rows in getattr(self.outer, split)(x, *behind):
+            _, _, t, i, _ = ops.shape(rows)
+            x = rearrange(rows, "1 1 t i x -> (t i) x 1 1")
+            (x,) = getattr(self.inner, split)(x, *(() if n is None else (self.row,)))
+            x = rearrange(x, "(t i) 1 u k 1 -> (t u) (i k)", t=t, i=i)
+            found.append(ops.where(x <= length, x, 0) - 1)
+        return found
+
+
+def _sizes(layout):
+    return (layout.rate, layout.width) if isinstance(layout, Halo) else (layout.rate,)
+
+
+@functools.lru_cache(maxsize=256)
+def _known_rows(layout, split, *sizes):
+    with eagerly():
+        return [ops.convert_to_numpy(x) for x in layout._split_numbers(split, *sizes)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -648,28 +649,74 @@ class Gather:
 
     def split_keys(self, x, n):
         blocks = _blocks(ops.shape(x)[1], self.keys)
-        x = crop(x, 0, (blocks + 1) * self.keys)  # the last is what is no key
-        x = rearrange(x, "b (u w) h d -> b h u (w d)", w=self.keys)
-        x = ops.take(x, self._numbers(blocks), axis=2)
+        x = crop(x, 0, blocks * self.keys)
+        x = take_rows(rearrange(x, "b (u w) h d -> b u h (w d)", w=self.keys), self.index)
         return [rearrange(x, "b h t j (w d) -> b h t (j w) d", w=self.keys)]
 
     def sum_keys(self, tiles, n, m):
-        blocks = _blocks(m, self.keys)
-        batch, heads = ops.shape(tiles[0])[:2]
-        x = rearrange(tiles[0], "b h t (j w) d -> (b h t j) (w d)", w=self.keys)
-        starts = (blocks + 1) * ops.arange(batch * heads, dtype="int32")
-        numbers = rearrange(self._numbers(blocks), "t j -> (t j)")
-        numbers = rearrange(starts[:, None] + numbers[None, :], "x y -> (x y)")
-        x = sum_segments(x, numbers, batch * heads * (blocks + 1))
-        x = rearrange(x, "(b h u) (w d) -> b (u w) h d", b=batch, h=heads, w=self.keys)
-        return crop(x, 0, m)
-
-    def _numbers(self, blocks):
-        index = ops.cast(self.index, "int32")
-        return ops.where((index >= 0) & (index < blocks), index, blocks)
+        tiles = [rearrange(x, "b h t (j w) d -> b h t j (w d)", w=self.keys) for x in tiles]
+        x = add_rows(tiles, [self.index], _blocks(m, self.keys))
+        return crop(rearrange(x, "b u h (w d) -> b (u w) h d", w=self.keys), 0, m)
 
     def join(self, tiles, n):
         return crop(rearrange(tiles[0], "b h t i d -> b (t i) h d"), 0, n)
+
+
+def take_rows(x, rows):
+    """Rows of axis 1 by number: `(b, n, h, d)` and `(t, i)` ints to tiles `(b, h, t, i, d)`.
+
+    A number that is no row stands for zeros.
+    """
+    length = ops.shape(x)[1]
+    x = rearrange(crop(x, 0, length + 1), "b n h d -> b h n d")
+    return ops.take(x, _existing(rows, length), axis=2)
+
+
+def add_rows(tiles, rows, length):
+    """The adjoint of `take_rows` for several tiles: `(b, length, h, d)`.
+
+    Args:
+        tiles: a list of tensors `(b, h, t, i, d)`.
+        rows: for each of them `(t, i)` ints, arrays or tensors.
+        length: int or int tensor.
+    """
+    batch, heads = ops.shape(tiles[0])[:2]
+    tiles = [rearrange(x, "b h t i d -> b h (t i) d") for x in tiles]
+    x = tiles[0] if len(tiles) == 1 else ops.concatenate(tiles, axis=2)
+    rows = [rearrange(numbers, "t i -> (t i)") for numbers in rows]
+    if isinstance(length, int) and all(isinstance(numbers, np.ndarray) for numbers in rows):
+        places = _places(np.concatenate(rows), length)
+        if places.size <= 2 * max(length, x.shape[2]):
+            x = ops.take(ops.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), places, axis=2)
+            x = x[:, :, :, 0] if x.shape[3] == 1 else ops.sum(x, axis=3)
+            return rearrange(x, "b h n d -> b n h d")
+    rows = [_existing(numbers, length) for numbers in rows]
+    numbers = ops.convert_to_tensor(rows[0]) if len(rows) == 1 else ops.concatenate(rows)
+    starts = (length + 1) * ops.arange(batch * heads, dtype="int32")
+    numbers = rearrange(starts[:, None] + numbers[None, :], "x y -> (x y)")
+    x = rearrange(x, "b h i d -> (b h i) d")
+    x = sum_segments(x, numbers, batch * heads * (length + 1))
+    x = rearrange(x, "(b h n) d -> b n h d", b=batch, h=heads)
+    return crop(x, 0, length)
+
+
+def _existing(rows, length):
+    """The numbers as int32, where those of no row are `length`."""
+    inside = (rows >= 0) & (rows < length)
+    if isinstance(inside, np.ndarray):
+        return np.where(inside, rows, length).astype("int32")
+    return ops.cast(ops.where(inside, rows, length), "int32")
+
+
+def _places(numbers, length):
+    """`(length, c)`: where each of `length` numbers stands, filled up with `len(numbers)`."""
+    order = np.argsort(numbers, kind="stable")
+    order = order[(numbers[order] >= 0) & (numbers[order] < length)]
+    counts = np.bincount(numbers[order], minlength=length)
+    places = np.full((length, max(1, counts.max(initial=0))), len(numbers), "int32")
+    turns = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places[numbers[order], turns] = order
+    return places
 
 
 def _as_rows(positions):

@@ -16,8 +16,8 @@ ALLOWED = {
     | {"pictures"},
     "recipes": {"abc", "checks", "patterns"},
     "expressions": {"ast", "patterns", "recipes"},
-    "layouts": {"itertools", "math", "dataclasses", "typing", "numpy", "einops", "keras"}
-    | {"tracing"},
+    "layouts": {"functools", "itertools", "math", "dataclasses", "typing", "numpy", "einops"}
+    | {"keras", "tracing"},
     "masking": {"keras", "checks"},
     "reference": {"numpy"},
     "bounds": {"functools", "itertools", "math", "numpy", "layouts", "patterns"},
