@@ -66,8 +66,8 @@ def find(answer, n, m, size, columns, same=1):
     for first in range(0, n, size):
         q_pos = np.arange(first, min(first + size, n), same)
         start, stop = columns(first, min(first + size, n) - 1)
-        start, stop = max(start, 0) // size * size, min(stop, m)
-        k_pos = np.arange(start, max(stop, start), same)
+        start = start // size * size
+        k_pos = np.arange(start, stop, same)
         if not len(k_pos):
             rows.append(np.zeros(0, int))
             whole.append(np.zeros(0, bool))

@@ -31,7 +31,7 @@ from sparse_attn.masking import (
     zero_masked,
 )
 from sparse_attn.patterns import Band, Grid, PerHead, check_pattern
-from sparse_attn.plan import Part, answers_all, axes_of, has_surplus, period, plan, plan_at
+from sparse_attn.plan import Part, axes_of, has_surplus, plan, plan_at
 from sparse_attn.stream import (
     MAX_SCORE_BYTES,
     Mask,
@@ -41,6 +41,7 @@ from sparse_attn.stream import (
     schedule,
     score_bytes,
 )
+from sparse_attn.terms import answers_all, period
 from sparse_attn.tracing import unconverted
 
 

@@ -21,19 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparse_attn import blocks, recipes
-from sparse_attn.bounds import (
-    KINDS,
-    Lists,
-    Select,
-    as_band,
-    contains,
-    cost,
-    hull,
-    layout,
-    meet,
-    simplify,
-)
+from sparse_attn import blocks, terms
+from sparse_attn.bounds import Lists, Select, as_band, cost, layout, meet
 from sparse_attn.checks import check_int, received
 from sparse_attn.layouts import (
     NOMINAL_LENGTH,
@@ -46,35 +35,18 @@ from sparse_attn.layouts import (
     grid_rows,
 )
 from sparse_attn.patterns import (
-    And,
-    Atrous,
-    Axial,
     Band,
-    Blocks,
-    Causal,
-    Dilated,
-    Fixed,
-    Full,
-    Global,
     Grid,
-    Local,
-    Neighborhood,
-    Not,
-    Or,
     Pattern,
     PerHead,
-    Prefix,
-    Random,
     Ranges,
-    Strided,
     check_pattern,
     look_up,
 )
+from sparse_attn.terms import Term, blocks_of, bound, is_opaque, rewrite, term_within, terms_of
 from sparse_attn.tracing import eagerly
 
-MAX_PARTS = 4
-# What takes time beside the pairs, said in pairs: another part and its merge, and tiles at all.
-PART_PAIRS = 2**16
+# What takes time beside the pairs, said in pairs: tiles at all; see `terms.PART_PAIRS`.
 TILE_PAIRS = 2**13
 FIND_PAIRS = 2**20  # of cheaper plans, no blocks are looked for
 MASK_COST = 0.25  # a mask, beside the pairs that it is of
@@ -189,12 +161,12 @@ def _plan(pattern, n, m):
 
 @functools.lru_cache(maxsize=1024)
 def _cached_plan(pattern, n, m, registered):
-    parts = _disjoint(_terms(pattern, n, m), n, m)
+    parts = _disjoint(terms_of(pattern, n, m), n, m)
     if n is not None and m is not None and _may_find(pattern, parts, n, m):
-        others = [_disjoint(terms, n, m) for terms in _found(pattern, parts, n, m)]
+        others = [_disjoint(found, n, m) for found in _found(pattern, parts, n, m)]
         parts = min(parts, *others, key=_spent)
     pairs = sum(part.scored_pairs for part in parts)
-    if parts and pairs + TILE_PAIRS + PART_PAIRS * (len(parts) - 1) >= cost(Band(), n, m):
+    if parts and pairs + TILE_PAIRS + terms.PART_PAIRS * (len(parts) - 1) >= cost(Band(), n, m):
         parts = [Part.of(Band(), parts[0].pattern if len(parts) == 1 else pattern, n, m)]
     return Plan(tuple(parts), n, m)
 
@@ -219,7 +191,7 @@ def _spent(parts):
         size = part.bound.size if isinstance(part.bound, Lists) else math.inf
         masked = 0 if part.pattern == part.bound else MASK_COST
         pairs += part.scored_pairs * (1 + masked + GATHER_COST / size)
-    return pairs + PART_PAIRS * (len(parts) - 1)
+    return pairs + terms.PART_PAIRS * (len(parts) - 1)
 
 
 def _may_find(pattern, parts, n, m):
@@ -235,34 +207,44 @@ def _may_find(pattern, parts, n, m):
 
 def _found(pattern, parts, n, m):
     """Lists of terms: the pattern in the band that holds it, and in blocks of each size."""
-    bands = [as_band(part.bound) for part in parts]
-
-    def columns(first, last):
-        start = min(0 if band.left is None else first - band.left for band in bands)
-        stop = max(m if band.right is None else last + band.right + 1 for band in bands)
-        return start, stop
-
+    columns = columns_of(parts, m)
     same = blocks_of(pattern, n, m)
     base, same = (same, same) if same >= blocks.SIZES[0] else (blocks.SIZES[0], 1)
     with eagerly():
         found = blocks.find(pattern._answer, n, m, base, columns, same)
     if found.band is not None:
-        yield _term(Band(*found.band), pattern, n, m)
+        yield term_within(Band(*found.band), pattern, n, m)
     for size in {base, *blocks.SIZES}:
         if size % base == 0:
             yield _listed(pattern, found.merged(size // base), n, m)
 
 
+def columns_of(parts, m):
+    """Which keys some parts may hold: a function of the first and the last of some queries.
+
+    It returns `(start, stop)`, within `[0, m]`.
+    """
+    bands = [as_band(part.bound) for part in parts]
+
+    def columns(first, last):
+        starts = [0 if band.left is None else first - band.left for band in bands]
+        stops = [m if band.right is None else last + band.right + 1 for band in bands]
+        start = max(0, min(starts, default=0))
+        return start, max(start, min(m, max(stops, default=0)))
+
+    return columns
+
+
 def _listed(pattern, found, n, m):
     """Terms of listed blocks."""
-    terms = []
-    for rows in blocks.groups(found.counts, found.size, PART_PAIRS):
+    made = []
+    for rows in blocks.groups(found.counts, found.size, terms.PART_PAIRS):
         queries = None if len(rows) == len(found.rows) else Ranges.of_blocks(rows, found.size, n)
         longest = found.counts[rows].max()
         if longest * found.size >= m:
             bound = Band() if queries is None else Select(queries)
             exact = all(found.whole[row].all() and len(found.rows[row]) == longest for row in rows)
-            terms.append(Term(bound, bound if exact else _within(pattern, queries)))
+            made.append(Term(bound, bound if exact else _within(pattern, queries)))
             continue
         lists, partial = [], 0
         for row in rows:
@@ -271,46 +253,12 @@ def _listed(pattern, found, n, m):
             numbers = numbers[np.argsort(whole, kind="stable")].tolist()
             lists.append(tuple(numbers + [-1] * (longest - len(numbers))))
         bound = Lists(found.size, tuple(lists), queries, partial)
-        terms.append(Term(bound, bound if partial == 0 else _within(pattern, queries)))
-    return terms
+        made.append(Term(bound, bound if partial == 0 else _within(pattern, queries)))
+    return made
 
 
 def _within(pattern, queries):
     return pattern if queries is None else pattern & Select(queries)
-
-
-def is_opaque(pattern):
-    """Whether nothing is known of some predicate in a pattern."""
-    pattern = _registered(rewrite, pattern)
-    match pattern:
-        case And() | Or():
-            return is_opaque(pattern.first) or is_opaque(pattern.second)
-        case Not():
-            return is_opaque(pattern.pattern)
-    return type(pattern) not in bound.registry
-
-
-def blocks_of(pattern, n, m):
-    """The size of blocks that a pattern certainly allows or forbids as a whole; an int."""
-    pattern = _registered(rewrite, pattern)
-    match pattern:
-        case And() | Or():
-            return math.gcd(blocks_of(pattern.first, n, m), blocks_of(pattern.second, n, m))
-        case Not():
-            return blocks_of(pattern.pattern, n, m)
-        case Grid():
-            whole = all(band == Band() for band in pattern.bands[1:])
-            return math.prod(pattern.sizes) if whole else 1
-        case Lists():
-            return pattern.size
-        case Select():
-            edges = [0 if pattern.band == Band() else 1]
-            for chosen, size in ((pattern.queries, n), (pattern.keys, m)):
-                if chosen is not None:
-                    edges += [chosen.period or 0]
-                    edges += [x for pair in chosen.ranges for x in pair if x < size]
-            return math.gcd(*edges)
-    return 0 if pattern == Band() else 1
 
 
 def plan_at(pattern, q_pos, n, m, dim):
@@ -410,218 +358,3 @@ def _grid_surplus(grid, layout):
 def axes_of(layout):
     """The layouts of the axes of a grid."""
     return [layout.outer, *axes_of(layout.inner)] if isinstance(layout, Nested) else [layout]
-
-
-def period(pattern):
-    """How far queries and keys can certainly move together without a change; 0 if not at all.
-
-    Args:
-        pattern: a `Pattern`.
-
-    Returns:
-        An int: 1 if the pattern depends on the distance `k - q` alone.
-    """
-    pattern = _registered(rewrite, pattern)
-    match pattern:
-        case Band():
-            return 1
-        case Grid():
-            return math.prod(pattern.sizes)
-        case And() | Or():
-            return math.lcm(period(pattern.first), period(pattern.second))
-        case Not():
-            return period(pattern.pattern)
-        case Select():
-            chosen = [x.period or 0 for x in (pattern.queries, pattern.keys) if x is not None]
-            return math.lcm(1, *chosen)
-    return 0
-
-
-def answers_all(pattern):
-    """Whether every query certainly has a key, its own; `None` if that is not certain."""
-    pattern = _registered(rewrite, pattern)
-    match pattern:
-        case Band() | Grid():
-            return bool(pattern(0, 0))
-        case And():
-            both = {answers_all(pattern.first), answers_all(pattern.second)}
-            return False if False in both else None if None in both else True
-        case Or():
-            both = {answers_all(pattern.first), answers_all(pattern.second)}
-            return True if True in both else None if None in both else False
-        case Not():
-            answer = answers_all(pattern.pattern)
-            return None if answer is None else not answer
-    return None
-
-
-# ---- From a pattern to terms -------------------------------------------------
-
-
-@functools.singledispatch
-def bound(pattern):
-    """A `Band`, `Grid`, `Blocks`, `Prefix` or the like that allows every pair that `pattern` does.
-
-    Register one for a pattern of your own to make it fast:
-    `bound.register(MyPattern, lambda pattern: Band(pattern.reach, 0))`. It
-    holds for that class alone: a subclass may allow other pairs.
-
-    Args:
-        pattern: a `Pattern`.
-
-    Returns:
-        A `Pattern`: what is registered for its class, or `Band()`, all pairs.
-    """
-    return Band()
-
-
-@functools.singledispatch
-def rewrite(pattern):
-    """The same pairs, said in the terms of a plan.
-
-    Args:
-        pattern: a `Pattern`.
-
-    Returns:
-        A `Pattern` equal to it at every pair: what is registered for its
-        class, and for that class alone, or `pattern` itself.
-    """
-    return pattern
-
-
-def _registered(function, pattern):
-    """What is registered for a class, not for a parent whose predicate it may override."""
-    return function.registry.get(type(pattern), function.registry[object])(pattern)
-
-
-rewrite.register(Full, lambda pattern: Band())
-rewrite.register(Causal, lambda pattern: Band(right=0))
-rewrite.register(Local, lambda pattern: Band(*pattern.sides))
-rewrite.register(Atrous, lambda pattern: Band(rate=pattern.rate))
-rewrite.register(Strided, lambda pattern: Local(pattern.stride) | Atrous(pattern.stride))
-rewrite.register(
-    Dilated, lambda pattern: Local(pattern.window * pattern.rate) & Atrous(pattern.rate)
-)
-rewrite.register(Blocks, lambda pattern: pattern.grid)
-rewrite.register(Neighborhood, lambda pattern: pattern.grid)
-rewrite.register(Axial, lambda pattern: functools.reduce(Or, pattern.grids))
-rewrite.register(Prefix, lambda pattern: Select(keys=Global(pattern.length).ranges))
-rewrite.register(
-    Global, lambda pattern: Select(queries=pattern.ranges) | Select(keys=pattern.ranges)
-)
-rewrite.register(Fixed, lambda pattern: Blocks(pattern.stride) | Select(keys=pattern.ends))
-rewrite.register(
-    Random,
-    lambda pattern: Lists(pattern.block_size, tuple(map(tuple, pattern.lists.tolist()))),
-)
-for _kind in recipes.Recipe.__subclasses__():
-    rewrite.register(_kind, lambda pattern: _registered(rewrite, pattern.pattern))
-for _kind in KINDS:
-    bound.register(_kind, lambda pattern: pattern)
-
-
-@dataclass(frozen=True)
-class Term:
-    """Pairs to compute, `pattern`, and a bound that holds them."""
-
-    bound: Pattern
-    pattern: Pattern
-
-    @property
-    def is_exact(self):
-        return self.bound == self.pattern
-
-    def is_within(self, other):
-        """Whether `other` certainly allows all that this term does."""
-        return other.is_exact and contains(other.bound, self.bound)
-
-
-def _terms(pattern, n, m):
-    """Spread a pattern into terms joined by "or"; they may overlap."""
-    pattern = _registered(rewrite, pattern)
-    kind = type(pattern)
-    if kind is Or:
-        return _fuse(_terms(pattern.first, n, m) + _terms(pattern.second, n, m), n, m)
-    if kind is And:
-        pairs = itertools.product(_terms(pattern.first, n, m), _terms(pattern.second, n, m))
-        both = (_both(a, b, n, m) for a, b in pairs)
-        return _fuse([term for term in both if term is not None], n, m)
-    if kind is Not:
-        return _complement(_registered(rewrite, pattern.pattern), n, m)
-    return _term(_registered(bound, pattern), pattern, n, m)
-
-
-def _complement(pattern, n, m):
-    """The terms of `~pattern`: "not" is moved inwards."""
-    kind = type(pattern)
-    if kind is Or:
-        return _terms(~pattern.first & ~pattern.second, n, m)
-    if kind is And:
-        return _terms(~pattern.first | ~pattern.second, n, m)
-    if kind is Not:
-        return _terms(pattern.pattern, n, m)
-    if kind is Band and pattern.rate == 1:
-        sides = []
-        if pattern.right is not None:
-            sides.append(Band(left=-pattern.right - 1))
-        if pattern.left is not None:
-            sides.append(Band(right=-pattern.left - 1))
-        return [term for side in sides for term in _term(side, side, n, m)]
-    return _term(Band(), ~pattern, n, m)
-
-
-def _term(found, pattern, n, m):
-    """A list of the one term with this bound in its simplest form, or of none."""
-    found = _registered(rewrite, found)
-    if type(found) not in KINDS:
-        raise TypeError(
-            f"The bound of a pattern must be a Band, Grid, Blocks, Prefix or the like, which is "
-            f"no union. Received: bound({pattern!r}) = {found!r}"
-        )
-    simple = simplify(found, n, m)
-    if simple is None:
-        return []
-    return [Term(simple, simple if found == pattern else pattern)]
-
-
-def _both(a, b, n, m):
-    """The term of the pairs in `a` and in `b`, or `None` if there are none."""
-    if a.is_within(b):
-        return a
-    if b.is_within(a):
-        return b
-    met, exact = meet(a.bound, b.bound)
-    met = None if met is None else simplify(met, n, m)
-    if met is None:
-        return None
-    exact = exact and a.is_exact and b.is_exact
-    # What is met may be dearer: a narrow band among many chosen ones.
-    cheaper = min(met, a.bound, b.bound, key=lambda bound: cost(bound, n, m))
-    if exact:
-        return Term(cheaper, met)
-    return Term(cheaper, a.pattern & b.pattern)
-
-
-def _fuse(terms, n, m):
-    """Join terms while that saves more than a part costs, and until there are few."""
-    terms = list(dict.fromkeys(terms))
-    while len(terms) > 1:
-        fusions = []
-        for a, b in itertools.combinations(terms, 2):
-            fused = _either(a, b)
-            saved = cost(a.bound, n, m) + cost(b.bound, n, m) - cost(fused.bound, n, m)
-            fusions.append((saved, a, b, fused))
-        saved, a, b, fused = max(fusions, key=lambda fusion: fusion[0])
-        if saved + PART_PAIRS < 0 and len(terms) <= MAX_PARTS:
-            break
-        terms = [term for term in terms if term not in (a, b)] + [fused]
-    return terms
-
-
-def _either(a, b):
-    """One term for the pairs in `a` or in `b`."""
-    if a.is_within(b):
-        return b
-    if b.is_within(a):
-        return a
-    return Term(hull(a.bound, b.bound), a.pattern | b.pattern)

@@ -2,8 +2,9 @@
 
 import importlib
 
-plan = importlib.import_module("sparse_attn.plan")
-DEFAULTS = {name: getattr(plan, name) for name in ("PART_PAIRS", "TILE_PAIRS", "FIND_PAIRS")}
-for name in DEFAULTS:
-    setattr(plan, name, 0)
+plan, terms = (importlib.import_module(f"sparse_attn.{name}") for name in ("plan", "terms"))
+COSTS = [(plan, "TILE_PAIRS"), (plan, "FIND_PAIRS"), (terms, "PART_PAIRS")]
+DEFAULTS = [(module, name, getattr(module, name)) for module, name in COSTS]
+for module, name in COSTS:
+    setattr(module, name, 0)
 plan.blocks.SIZES = (2, 4)  # of blocks that are looked for

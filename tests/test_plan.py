@@ -28,7 +28,8 @@ from sparse_attn.chosen import Chosen
 from sparse_attn.functional import _Tiles
 from sparse_attn.layouts import Gather, Halo, Stairs
 from sparse_attn.patterns import Ranges
-from sparse_attn.plan import MAX_PARTS, bound, plan_at
+from sparse_attn.plan import bound, plan_at
+from sparse_attn.terms import MAX_PARTS
 from tests.cases import (
     EXPRESSIONS,
     LEAVES,
@@ -252,8 +253,8 @@ def test_decoding_gathers_only_the_window():
 @pytest.fixture
 def default_costs(monkeypatch):
     """The costs as users have them; other tests leave them out (`conftest.py`)."""
-    for name, value in DEFAULTS.items():
-        monkeypatch.setattr(plan_module, name, value)
+    for module, name, value in DEFAULTS:
+        monkeypatch.setattr(module, name, value)
     plan_module._cached_plan.cache_clear()
     yield
     plan_module._cached_plan.cache_clear()
