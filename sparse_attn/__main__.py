@@ -2,10 +2,12 @@
 
 Every position looks at the bytes just before it, and at every 64th one back to
 the start: a length of thousands of bytes stays cheap on a laptop.
+`python -m sparse_attn show PATTERN` shows a pattern instead.
 """
 
 import argparse
 import math
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -15,11 +17,16 @@ from keras import layers
 
 from sparse_attn import Causal, Local, Strided, parse_pattern, plan
 from sparse_attn.layers import SelfAttention
+from sparse_attn.show import show
 
 WIDTH, HEADS, BLOCKS = 128, 4, 4
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["show"]:
+        show(argv[1:])
+        return
     parser = argparse.ArgumentParser(prog="python -m sparse_attn", description=__doc__)
     parser.add_argument("--text", type=Path, help="a file, or a folder of .py and .txt files")
     parser.add_argument("--steps", type=positive_int, default=240, help="of training (%(default)s)")

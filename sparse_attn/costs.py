@@ -112,26 +112,20 @@ class _Call:
 
     def cost(self, pattern):
         """A `Cost` alone."""
-        n, groups = self.length, {pattern: range(self.num_heads)}
-        patterns = [pattern]
+        n, patterns, groups = self.length, (pattern,), {pattern: range(self.num_heads)}
         if isinstance(pattern, PerHead):
             groups, patterns = pattern.groups(self.num_heads), pattern.patterns
         counts = {each: count_pairs(each, n, n) for each in groups}
         plans = {each: plan(each, n) for each in groups}
         scored = sum(plans[each].scored_pairs * len(heads) for each, heads in groups.items())
-        bytes_ = [
-            self._bytes(plans[each], len(heads), training)
-            for training in (False, True)
-            for each, heads in groups.items()
-        ]
         pairs = sum(counts[each] for each in patterns)
         return Cost(
             pairs=pairs,
             scored_pairs=sum(plans[each].scored_pairs for each in patterns),
             density=pairs / (len(patterns) * n * n),
             forward_flops=4 * self.batch * self.head_dim * scored,
-            forward_bytes=0,
-            training_bytes=0,
+            forward_bytes=1,
+            training_bytes=2,
         )
 
 
@@ -326,24 +320,30 @@ def pairs_within(bound, pattern, n, m):
 
     Yields:
         `(q_pos, k_pos, allowed)` of shapes `(t, i, 1)`, `(t, 1, j)` and
-        `(t, i, j)`; where `allowed` is False, a position may be any number.
+        `(t, i, j)`; where `allowed` is False, a position may be -1.
     """
-    part = Part.of(bound, pattern, n, m)
-    with eagerly():
-        queries = part.layout.split_queries(_numbers(part.queries, n))
-        count = n if part.queries is None else int(part.queries.count(n))
-        keys = part.layout.split_keys(_numbers(part.keys, m), count)
-        pairs = [[ops.convert_to_numpy(x)[0, 0] for x in pair] for pair in zip(queries, keys, strict=True)]
-    for rows, columns in pairs:
-        tiles, height, width = len(rows), rows.shape[1], columns.shape[1]
+    for rows, columns in tile_positions(Part.of(bound, pattern, n, m), n, m):
+        height, width = rows.shape[1], columns.shape[1]
         high = max(1, min(height, PAIRS_AT_ONCE // width))
         many = max(1, PAIRS_AT_ONCE // (high * width))
-        for t, i in itertools.product(range(0, tiles, many), range(0, height, high)):
-            q = rows[t : t + many, i : i + high] - 1
-            k = rearrange(columns[t : t + many], "t j 1 -> t 1 j") - 1
+        for t, i in itertools.product(range(0, len(rows), many), range(0, height, high)):
+            q = rows[t : t + many, i : i + high, None]
+            k = columns[t : t + many, None, :]
             with eagerly():
                 allowed = np.asarray(pattern(np.maximum(q, 0), np.maximum(k, 0)))
             yield q, k, allowed & (q >= 0) & (k >= 0)
+
+
+def tile_positions(part, n, m):
+    """The positions in the tiles of a part: for each run `(t, i)` and `(t, j)` ints, -1 for none."""
+    count = n if part.queries is None else int(part.queries.count(n))
+    with eagerly():
+        queries = part.layout.split_queries(_numbers(part.queries, n))
+        keys = part.layout.split_keys(_numbers(part.keys, m), count)
+        return [
+            tuple(ops.convert_to_numpy(x)[0, 0, :, :, 0] - 1 for x in pair)
+            for pair in zip(queries, keys, strict=True)
+        ]
 
 
 def _numbers(chosen, length):

@@ -140,6 +140,102 @@ class Pattern(metaclass=_Frozen):
         cells = check_int("cells", cells, minimum=1)
         return pictures.svg(self._answer, n, m, cells, title=repr(self))
 
+    def plot(self, n, m=None, *, weights=None, ax=None):
+        """A plot of the pattern, its plan and its tiles, or of attention weights over it.
+
+        Queries go down and keys across. Each part of the plan has a colour,
+        deeper where more pairs are allowed; what its tiles hold is outlined,
+        where they are few and hold neighbours. Keys ahead of their query lie on
+        grey.
+
+        Args:
+            n: number of queries.
+            m: number of keys, `n` by default.
+            weights: `(n, m)` or `(heads, n, m)` attention weights, such as a
+                layer's `return_attention_scores` gives for one row of the batch.
+                Their mean over the heads is drawn instead of the plan, where
+                the pattern allows a pair.
+            ax: matplotlib axes to draw on, one for each distinct pattern of a
+                `PerHead`; those of a new figure by default.
+
+        Returns:
+            The matplotlib `Axes`; an array of them for a `PerHead`.
+
+        Raises:
+            ImportError: if matplotlib, of the extra `[plot]`, is not installed.
+            TypeError, ValueError: as `mask`, and if `weights` has another shape.
+        """
+        from sparse_attn.plots import plot
+
+        return plot(self, n, m, weights, ax)
+
+    def cost(self, length, num_heads=1, head_dim=64, dtype="float32", batch=1):
+        """What `sparse_attention` costs with this pattern, beside dense attention.
+
+        Pairs and operations are counted. Bytes are those of a process with
+        TensorFlow on a CPU, known lengths and the default `max_score_bytes`:
+        the peak, less what it had before there were query, key and value.
+        They are right within a quarter, about.
+
+        Args:
+            length: number of queries and of keys, a positive int.
+            num_heads: a positive int.
+            head_dim: features of a query, a key and a value in each head, a
+                positive int.
+            dtype: "float64", "float32", "bfloat16" or "float16".
+            batch: a positive int.
+
+        Returns:
+            A `Cost`; printed, it is a table.
+
+        Raises:
+            TypeError, ValueError: for arguments of another kind, and for a
+                length that the pattern cannot relate.
+
+        Example:
+
+        >>> from sparse_attn import Causal, Local
+        >>> cost = (Causal() & Local(256)).cost(4096, num_heads=8)
+        >>> cost.pairs, cost.scored_pairs, cost.dense.pairs
+        (1019776, 1572864, 16777216)
+        >>> cost.beats_dense_from
+        181
+        """
+        from sparse_attn.costs import cost
+
+        return cost(self, length, num_heads, head_dim, dtype, batch)
+
+    def receptive_field(self, layers, n):
+        """How far positions reach through some layers that all have this pattern.
+
+        A layer adds to what it gets, so that what is reached stays so. Where
+        heads have patterns of their own, a position reaches what any of them
+        lets it see.
+
+        Args:
+            layers: a non-negative int.
+            n: number of positions.
+
+        Returns:
+            A `ReceptiveField`: how many positions each one reaches through
+            `layers` layers, and how many layers it takes until every position
+            reaches every other.
+
+        Raises:
+            TypeError, ValueError: for arguments of another kind, and for a
+                length that the pattern cannot relate.
+
+        Example:
+
+        >>> from sparse_attn import Local
+        >>> field = Local(64).receptive_field(2, 4096)
+        >>> int(field.reached.max()), field.layers_to_all
+        (257, 64)
+        """
+        from sparse_attn.costs import receptive_field
+
+        return receptive_field(self, layers, n)
+
     def _repr_svg_(self):
         """How a notebook shows a pattern: at 64 positions, or by name if it has none there."""
         try:
@@ -1020,6 +1116,16 @@ class PerHead(Pattern):
         """The distinct patterns, one below the other; see `Pattern.text`."""
         drawn = dict.fromkeys(self.patterns)
         return "\n\n".join(f"{pattern!r}\n{pattern.text(n, m, width)}" for pattern in drawn)
+
+    def svg(self, n, m=None, cells=64):
+        """The distinct patterns side by side; see `Pattern.svg`."""
+        drawn = [pattern.svg(n, m, cells) for pattern in dict.fromkeys(self.patterns)]
+        return pictures.side_by_side(drawn)
+
+    def cost(self, length, num_heads=None, head_dim=64, dtype="float32", batch=1):
+        """See `Pattern.cost`. By default there is a head for each pattern."""
+        num_heads = len(self.patterns) if num_heads is None else num_heads
+        return super().cost(length, num_heads, head_dim, dtype, batch)
 
     def __call__(self, q_pos, k_pos):
         raise TypeError(

@@ -6,11 +6,13 @@ linear in the number of keys and a pattern can be shown at any length.
 """
 
 import itertools
+import re
 
 import numpy as np
 
 _SAMPLES = 8
 _CELL = 6  # side of a cell in an SVG, in its own units
+_GAP = 16  # between drawings
 _ALLOWED = "#0b5fa5"
 _EMPTY = "#eef1f4"
 
@@ -26,14 +28,19 @@ def shares(answer, n, m, rows, columns):
     Returns:
         A `(rows, columns)` float array of shares in [0, 1].
     """
-    edges = np.linspace(0, m, columns + 1).astype(int)
+    bounds = edges(m, columns)
     k_pos = np.arange(m)
     grid = []
-    for positions in np.array_split(np.arange(n), rows):
-        chosen = np.linspace(0, len(positions) - 1, min(_SAMPLES, len(positions))).astype(int)
-        share = answer(positions[chosen], k_pos).mean(axis=0)
-        grid.append(np.add.reduceat(share, edges[:-1]) / np.diff(edges))
+    for start, stop in itertools.pairwise(edges(n, rows)):
+        q_pos = np.linspace(start, stop - 1, min(_SAMPLES, stop - start)).astype(int)
+        share = answer(q_pos, k_pos).mean(axis=0)
+        grid.append(np.add.reduceat(share, bounds[:-1]) / np.diff(bounds))
     return np.array(grid)
+
+
+def edges(size, cells):
+    """Where cells of a picture begin and end: `(cells + 1,)` ints, about equally far apart."""
+    return np.linspace(0, size, cells + 1).astype(int)
 
 
 def text(answer, n, m, width):
@@ -62,6 +69,23 @@ def svg(answer, n, m, cells, title):
         f'width="{2 * width // 3}" height="{2 * height // 3}"><title>{title}</title>'
         f'<rect width="{width}" height="{height}" fill="{_EMPTY}"/>'
         f'<g fill="{_ALLOWED}" shape-rendering="crispEdges">{"".join(squares)}</g></svg>'
+    )
+
+
+def side_by_side(drawings):
+    """SVG drawings in a row, as one."""
+    sizes = [
+        [int(x) for x in re.findall(r' (?:width|height)="(\d+)"', each)[:2]] for each in drawings
+    ]
+    starts = [*itertools.accumulate((width + _GAP for width, _ in sizes), initial=0)]
+    width, height = starts[-1] - _GAP, max(height for _, height in sizes)
+    placed = [
+        f'<g transform="translate({x} 0)">{each}</g>'
+        for x, each in zip(starts, drawings, strict=False)
+    ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}">{"".join(placed)}</svg>'
     )
 
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from sparse_attn import PerHead, parse_pattern, plan
+
 
 def run(*arguments, **options):
     command = [sys.executable, "-m", "sparse_attn", *arguments]
@@ -57,3 +59,45 @@ def test_wrong_arguments(arguments, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_show_tells_picture_plan_and_cost(tmp_path):
+    saved = tmp_path / "picture.svg"
+    text = "Causal() & (Local(64) | Atrous(64))"
+    done = run("show", text, "--length", "4096", "--heads", "8", "--save", saved)
+    assert done.returncode == 0, done.stderr
+    pattern = parse_pattern(text)
+    for part in (pattern.text(4096), str(plan(pattern, 4096)), str(pattern.cost(4096, 8))):
+        assert part in done.stdout
+    assert done.stdout.startswith(f"{text}, 4,096 queries down, as many keys across:")
+    assert saved.read_text() == pattern.svg(4096)
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.svg"]
+
+
+def test_show_tells_of_each_pattern_of_a_per_head():
+    done = run("show", "PerHead([Local(4), Causal()])", "--length", "64")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Plan: 1 part(s)") == 2
+    assert str(PerHead([Local(4), Causal()]).cost(64)) in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Local(-1)"], "`window` must be a non-negative int"),
+        (["Local(3).mask(4)"], "Received: Local(3).mask(4)"),
+        (["__import__('os')"], "Received: __import__('os')"),
+        (["Local(3)", "--length", "0"], "`length` must be a positive int. Received: length=0"),
+        (["BigBird(64, 8)", "--length", "65"], "is drawn for lengths up to 64"),
+        (["PerHead([Full()] * 2)", "--heads", "3"], "multiple of 2"),
+        (["Local(3)", "--save", "a.png"], "must be a .svg file in a folder that exists: a.png"),
+        (["Local(3)", "--save", "no/a.svg"], "must be a .svg file in a folder that exists"),
+        ([], "the following arguments are required: pattern"),
+    ],
+)
+def test_wrong_arguments_of_show(arguments, message, tmp_path):
+    done = run("show", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

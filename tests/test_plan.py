@@ -42,7 +42,6 @@ from tests.cases import (
     longest,
 )
 from tests.compare import to_numpy
-from tests.conftest import DEFAULTS
 
 plan_module = importlib.import_module("sparse_attn.plan")  # `plan` alone is the function
 
@@ -248,16 +247,6 @@ def test_decoding_gathers_only_the_window():
     (part,) = parts
     assert isinstance(part.layout, Gather)
     assert part.layout.index.shape[1] == 17
-
-
-@pytest.fixture
-def default_costs(monkeypatch):
-    """The costs as users have them; other tests leave them out (`conftest.py`)."""
-    for module, name, value in DEFAULTS:
-        monkeypatch.setattr(module, name, value)
-    plan_module._cached_plan.cache_clear()
-    yield
-    plan_module._cached_plan.cache_clear()
 
 
 # ---- Blocks that are found ---------------------------------------------------
