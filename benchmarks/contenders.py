@@ -60,6 +60,23 @@ def _sparse_attn(job):
 
 
 @contender(
+    "own predicate TensorFlow",
+    "tensorflow",
+    "sparse_attn TensorFlow, with the predicate of the window in a class of one's own",
+)
+def _own_predicate(job):
+    from sparse_attn import Pattern, sparse_attention
+
+    window = _pattern(job).window
+
+    class Near(Pattern):
+        def __call__(self, q_pos, k_pos):
+            return abs(q_pos - k_pos) <= window
+
+    return lambda q, k, v: sparse_attention(q, k, v, Near())
+
+
+@contender(
     "tiles half as wide", "tensorflow", "sparse_attn TensorFlow, were tiles chosen half as wide"
 )
 def _half_as_wide(job):

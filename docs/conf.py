@@ -30,6 +30,7 @@ for notebook in (_HERE.parent / "notebooks").glob("*.ipynb"):
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 240
+nb_merge_streams = True
 nb_output_stderr = "remove"  # what TensorFlow says as it starts
 
 autodoc_member_order = "bysource"
@@ -40,9 +41,20 @@ napoleon_custom_sections = [("Call arguments", "params_style"), ("Attributes", "
 
 
 def setup(app):
+    app.connect("autodoc-process-docstring", _with_picture, priority=0)
     app.connect("autodoc-process-docstring", _from_markdown, priority=0)  # before napoleon
     app.connect("autodoc-process-signature", _signature_of_init)
     app.connect("object-description-transform", _one_signature)
+
+
+def _with_picture(app, what, name, obj, options, lines):
+    """A pattern has its picture under its first paragraph."""
+    kind = name.rpartition(".")[2]
+    if what == "class" and (_HERE / "pictures" / f"{kind}.svg").exists():
+        end = lines.index("") if "" in lines else len(lines)
+        code = re.search(rf"`({kind}\([^`]*)`", (_HERE / "gallery.md").read_text())[1]
+        picture = [f".. figure:: pictures/{kind}.svg", f"   :alt: {code}", "", f"   `{code}`"]
+        lines[end:end] = ["", *picture]
 
 
 def _from_markdown(app, what, name, obj, options, lines):

@@ -527,7 +527,7 @@ class Nested:
 
     @property
     def copies(self):
-        return max(self.outer.copies, self.inner.copies)
+        return self.outer.copies * self.inner.copies
 
     @property
     def scored_pairs(self):

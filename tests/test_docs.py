@@ -1,4 +1,4 @@
-"""The API reference names all that is public, and the picture is up to date."""
+"""The API reference names all that is public, and the pictures are up to date."""
 
 import re
 import runpy
@@ -8,9 +8,11 @@ import pytest
 
 import sparse_attn
 from sparse_attn import layers
+from sparse_attn.expressions import kinds
 
 DOCS = Path(__file__).parents[1] / "docs"
 API = (DOCS / "api.md").read_text(encoding="utf-8")
+OPERATORS = {"And", "Or", "Not"}
 MODULES = {"__version__", "layers", "masking", "reference"}
 PUBLIC = [
     *[f"sparse_attn.{name}" for name in sparse_attn.__all__ if name not in MODULES],
@@ -32,7 +34,15 @@ def test_every_public_name_has_a_docstring(name):
     assert not docstring.startswith(f"{attribute}(")  # what a dataclass says without one
 
 
-def test_the_picture_is_what_its_script_draws():
-    script = runpy.run_path(str(DOCS / "make_picture.py"))
-    drawn = script["PICTURE"].read_text(encoding="utf-8")
-    assert drawn == script["picture"](), "run `python docs/make_picture.py`"
+SCRIPT = runpy.run_path(str(DOCS / "make_pictures.py"))
+
+
+def test_pictures_are_what_their_script_draws():
+    drawn = SCRIPT["files"]()
+    for path, text in drawn.items():
+        assert path.read_text(encoding="utf-8") == text, "run `python docs/make_pictures.py`"
+    assert {*(DOCS / "pictures").iterdir()} <= set(drawn)
+
+
+def test_every_pattern_has_a_picture():
+    assert {code.partition("(")[0] for code in SCRIPT["EXAMPLES"]} == set(kinds()) - OPERATORS

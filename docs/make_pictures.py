@@ -1,0 +1,98 @@
+"""Draw the pictures of README, gallery and reference: `python docs/make_pictures.py`."""
+
+from html import escape
+from pathlib import Path
+
+from sparse_attn import parse_pattern
+
+HERE = Path(__file__).parent
+README = [
+    ["Causal()", "Local(6)", "Atrous(4)"],
+    ["Causal() & Strided(8)", "Causal() & (Local(4) | Prefix(2))", "Blocks(8)"],
+]
+POSITIONS = 48
+# An example of each pattern, and at how many positions it is drawn.
+EXAMPLES = {
+    "Full()": 48,
+    "Causal()": 48,
+    "Local(6)": 48,
+    "Atrous(4)": 48,
+    "Strided(8)": 48,
+    "Dilated(4, 3)": 48,
+    "Blocks(8)": 48,
+    "Fixed(8, 2)": 48,
+    "Prefix(4)": 48,
+    "Global((0, 20, 21))": 48,
+    "Random(48, 4, 3)": 48,
+    "Neighborhood((7, 7), 1)": 49,
+    "Axial((7, 7))": 49,
+    "Band(12, -3, 3)": 48,
+    "Grid((6,), (Band(1, 0), Band(2, 2)))": 48,
+    "PerHead([Local(6), Atrous(4)])": 48,
+    "Longformer(4, 2)": 48,
+    "BigBird(48, 4, 2)": 48,
+    "StreamingLLM(8, 3)": 48,
+    "PrefixLM(12)": 48,
+    "SparseTransformer(8)": 48,
+}
+COMBINED = {
+    "Causal() & (Local(4) | Atrous(8))": 48,
+    "Causal() & Fixed(8)": 48,
+    "Causal() & Neighborhood((7, 7), 2)": 49,
+    "~Local(6)": 48,
+    "Local((12, 0)) & ~Atrous(2)": 48,
+    "Blocks(8, reach=1) | Global(2)": 48,
+}
+COLUMNS = 3  # of the gallery
+SIDE = 192  # of one pattern's own SVG, at 48 positions
+SCALE = 1.25
+GAP = 40
+LABEL = 52  # height below a pattern
+
+
+def files():
+    """What is drawn: a dict of paths and their text."""
+    drawn = {HERE / "pattern.svg": side_by_side(README)}
+    lines = ["# Gallery", "", "Queries go down and keys across; what is dark may be attended."]
+    for title, examples in (("Patterns", EXAMPLES), ("Combinations", COMBINED)):
+        cells = []
+        for number, (code, positions) in enumerate(examples.items()):
+            name = code.partition("(")[0] if title == "Patterns" else f"combination-{number}"
+            drawing = parse_pattern(code).svg(positions, cells=positions)
+            drawn[HERE / "pictures" / f"{name}.svg"] = drawing + "\n"
+            code = code.replace("|", "\\|")
+            cells.append((f"![{code}](pictures/{name}.svg)", f"`{code}`"))
+        lines += ["", f"## {title}", "", "|" + " |" * COLUMNS, "|" + "---|" * COLUMNS]
+        for start in range(0, len(cells), COLUMNS):
+            for row in zip(*cells[start : start + COLUMNS], strict=True):
+                lines.append(f"| {' | '.join(row)} |")
+    return {**drawn, HERE / "gallery.md": "\n".join(lines) + "\n"}
+
+
+def side_by_side(lines):
+    """Patterns in lines, each with its code under it: a str, an SVG document."""
+    step = SIDE * SCALE + GAP
+    line = SIDE * SCALE + LABEL
+    width = GAP + step * len(lines[0])
+    height = GAP + line * len(lines)
+    pieces = []
+    for row, names in enumerate(lines):
+        for column, name in enumerate(names):
+            x, y = GAP + column * step, GAP + row * line
+            drawing = parse_pattern(name).svg(POSITIONS, cells=POSITIONS)
+            pieces.append(f'<g transform="translate({x:g} {y:g}) scale({SCALE})">{drawing}</g>')
+            pieces.append(f'<text x="{x + SIDE * SCALE / 2:g}" y="{y + SIDE * SCALE + 22:g}">')
+            pieces.append(f"{escape(name)}</text>")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
+        f'width="{width:g}" height="{height:g}" font-family="monospace" font-size="13" '
+        f'text-anchor="middle" fill="#1f2328"><title>Patterns of sparse_attn: queries down, '
+        f'keys across</title><rect width="{width:g}" height="{height:g}" fill="#ffffff"/>'
+        f"{''.join(pieces)}</svg>\n"
+    )
+
+
+if __name__ == "__main__":
+    (HERE / "pictures").mkdir(exist_ok=True)
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
