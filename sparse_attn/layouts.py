@@ -51,6 +51,7 @@ from sparse_attn.tracing import eagerly, sum_segments
 
 # Sizes of tiles. The row "tiles" of the benchmark compares them with their halves and doubles.
 WIDTH_FACTOR = 64  # the width of a tile is the root of this many times its band's
+GRID_QUERIES = 64  # of a tile of a grid that is near along several axes
 MAX_GROUPS = 8  # groups of queries whose keys begin or end at one place
 NOMINAL_LENGTH = 2**20  # where lengths are unknown, layouts are compared at this one
 
@@ -787,7 +788,7 @@ def grid_layout(sizes, bands, n=None, m=None):
         bands: for each axis `(left, right, rate)` as in `band_layout`.
         n, m: numbers of queries and keys, or `None` while unknown.
     """
-    return _grid_layout(sizes, bands, n, m, several=sum(_is_near(band) for band in bands) > 1)
+    return _grid_layout(sizes, bands, n, m, near=sum(_is_near(band) for band in bands))
 
 
 def _is_near(band):
@@ -795,15 +796,15 @@ def _is_near(band):
     return None not in (left, right) and left + right > 0
 
 
-def _grid_layout(sizes, bands, n, m, several, inner=False):
+def _grid_layout(sizes, bands, n, m, near, inner=False):
     if not sizes:
-        return _axis_layout(bands[0], n, m, several, inner)
+        return _axis_layout(bands[0], n, m, near, inner)
     if bands[-1] == (0, 0, 1):  # the points of the last axis are residues
         (left, right, rate), size = bands[-2], sizes[-1]
         left, right = (None if x is None else x * size for x in (left, right))
         sizes = (*sizes[:-2], math.prod(sizes[-2:])) if len(sizes) > 1 else ()
         bands = (*bands[:-2], (left, right, rate * size))
-        return _grid_layout(sizes, bands, n, m, several, inner)
+        return _grid_layout(sizes, bands, n, m, near, inner)
     row = math.prod(sizes)
     rows = [None if size is None else _blocks(size, row) for size in (n, m)]
     left, right, rate = bands[0]
@@ -812,19 +813,25 @@ def _grid_layout(sizes, bands, n, m, several, inner=False):
         if left == right == 0 or rows[0] is None:
             width = row
         return Halo(1, width, -left * row, width + right * row, n)
-    outer = _axis_layout(bands[0], *rows, several, inner)
-    return Nested(outer, _grid_layout(sizes[1:], bands[1:], row, row, several, True), row)
+    outer = _axis_layout(bands[0], *rows, near, inner)
+    return Nested(outer, _grid_layout(sizes[1:], bands[1:], row, row, near, True), row)
 
 
-def _axis_layout(band, n, m, several, inner):
-    """The layout of one axis of a grid; an inner one is of a single run."""
+def _axis_layout(band, n, m, near, inner):
+    """The layout of one axis of a grid, of which some are near; an inner one is of a single run."""
     left, right, rate = band
+    whole = Stairs(rate, (Step(0, None, 0, None),), n, m)
     if None in (left, right):
-        return Stairs(rate, (Step(0, None, 0, None),), n, m) if inner else band_layout(*band, n, m)
+        return whole if inner else band_layout(*band, n, m)
     left, right = left // rate, right // rate
     span = left + right + 1
-    width = 1 if span == 1 else 2 ** math.ceil(math.log2(span)) if several else _width(span)
-    return _halo(left, right, rate, n, min(width, 32) if several else width)
+    width = (
+        1 if span == 1 else _width(span) if near < 2 else max(2, round(GRID_QUERIES ** (1 / near)))
+    )
+    halo = _halo(left, right, rate, n, width)
+    if None in (n, m) or halo.scored_pairs < whole.scored_pairs:
+        return halo
+    return whole
 
 
 def select_layout(left, right, queries, keys, n=None, m=None):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sparse_attn import PerHead, parse_pattern, plan
+from sparse_attn import Causal, Local, PerHead, parse_pattern, plan
 
 
 def run(*arguments, **options):

@@ -1,11 +1,15 @@
 """Peak memory, each time that of a whole fresh process."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import keras
 import pytest
+
+from sparse_attn import Pattern, parse_pattern
 
 pytestmark = [
     pytest.mark.skipif(
@@ -88,3 +92,89 @@ def test_keys_that_are_gathered_for_each_query_are_few_at_a_time():
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.4  # all of them take 2.1 GB
+
+
+# ---- What `cost` predicts ----------------------------------------------------
+
+MEASURE = """
+import sys
+from pathlib import Path
+import tensorflow as tf
+from sparse_attn import parse_pattern, sparse_attention
+from tests.test_memory import Near, bytes_in_use
+
+pattern, n, heads, task = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
+pattern = Near() if pattern == "Near()" else parse_pattern(pattern)
+
+@tf.function
+def step(*x):
+    if task == "forward":
+        return sparse_attention(*x, pattern)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        out = sparse_attention(*x, pattern)
+    return out, tape.gradient(out, x, output_gradients=out)
+
+def tensors(n):
+    return [tf.random.stateless_normal((1, n, heads, 64), (1, seed)) for seed in range(3)]
+
+step(*tensors(16))
+traced = step.get_concrete_function(*[tf.TensorSpec((1, n, heads, 64))] * 3)
+Path("/proc/self/clear_refs").write_text("5")
+before = bytes_in_use("VmRSS")
+traced(*tensors(n))
+print(bytes_in_use("VmHWM") - before)
+"""
+
+
+class Near(Pattern):
+    """A user's own predicate, which lies in a band."""
+
+    def __call__(self, q_pos, k_pos):
+        return (q_pos - k_pos) ** 2 <= 200**2
+
+
+def bytes_in_use(name):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
+
+
+def peak_and_prediction(pattern, n, heads, task, **environment):
+    """The bytes that a step adds to a fresh process, and what is predicted."""
+    command = [sys.executable, "-c", MEASURE, pattern, str(n), str(heads), task]
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 280}
+    options["env"] = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, **options)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    known = Near() if pattern == "Near()" else parse_pattern(pattern)
+    return int(done.stdout), getattr(known.cost(n, heads), f"{task}_bytes")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("task", ["forward", "training"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "Full()",
+        "Local(256)",
+        "Atrous(32)",
+        "Causal() & Strided(64)",
+        "Longformer(128, 2)",
+        "BigBird(8192)",
+        "Neighborhood((128, 64), 4)",
+        "PerHead([Local(64)] * 4 + [Atrous(16)] * 4)",
+    ],
+)
+def test_predicted_bytes_are_right_within_a_quarter(pattern, task, default_costs):
+    # An allocator that keeps what was freed would be measured as well.
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    peak, predicted = peak_and_prediction(pattern, 8192, 8, task, **at_once)
+    assert predicted == pytest.approx(peak, rel=0.25)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("task", ["forward", "training"])
+@pytest.mark.parametrize("pattern", ["BigBird(16384)", "Longformer(256, 2)", "Near()"])
+def test_a_process_takes_at_most_twice_the_predicted_bytes(pattern, task, default_costs):
+    peak, predicted = peak_and_prediction(pattern, 16384, 8, task)
+    assert peak < 2 * predicted
