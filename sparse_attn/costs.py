@@ -67,7 +67,7 @@ class Cost:
         forward_bytes: the most memory in use at any time of a forward pass, query,
             key, value and output among it.
         training_bytes: the same for a forward and a backward pass, with all gradients.
-        dense: the same for `Full()`, a `Cost`; `None` there.
+        dense: the same for `Full()`, in as many patterns, a `Cost`; `None` there.
         beats_dense_from: the least length at which the plan is not dense; `None` if
             none was found up to `length` and, where every predicate is known, 2**20.
     """
@@ -97,8 +97,12 @@ class Cost:
         ]
         if self.dense:
             start = self.beats_dense_from
-            told = "is dense at every length" if start is None else f"beats dense from {start:,} on"
-            lines.append(f"The plan {told}.")
+            known = start is not None
+            lines.append(
+                f"Beats dense from length {start:,} on."
+                if known
+                else "Beats dense at no length that was tried."
+            )
         return "\n".join(lines)
 
 
@@ -123,8 +127,13 @@ def cost(pattern, length, num_heads, head_dim, dtype, batch):
         raise ValueError(received("dtype", f"one of {list(SIZES)}", dtype))
     pattern.check_lengths(length, length)
     call = _Call(length, num_heads, head_dim, dtype, batch)
+    dense = PerHead([Full()] * len(_patterns(pattern)))  # as many pairs to compare with
     start = min_length_that_beats_dense(pattern, length)
-    return replace(call.cost(pattern), dense=call.cost(Full()), beats_dense_from=start)
+    return replace(call.cost(pattern), dense=call.cost(dense), beats_dense_from=start)
+
+
+def _patterns(pattern):
+    return pattern.patterns if isinstance(pattern, PerHead) else (pattern,)
 
 
 @dataclass(frozen=True)
@@ -139,9 +148,9 @@ class _Call:
 
     def cost(self, pattern):
         """A `Cost` alone."""
-        n, patterns, groups = self.length, (pattern,), {pattern: range(self.num_heads)}
-        if isinstance(pattern, PerHead):
-            patterns, groups = pattern.patterns, pattern.groups(self.num_heads)
+        n, patterns = self.length, _patterns(pattern)
+        is_shared = isinstance(pattern, PerHead)
+        groups = pattern.groups(self.num_heads) if is_shared else {pattern: range(self.num_heads)}
         plans = {each: plan(each, n) for each in groups}
         counts = {each: count_pairs(each, n, n) for each in groups}
         pairs = sum(counts[each] for each in patterns)
@@ -208,7 +217,7 @@ def _peak(amounts, factors):
 
 def min_length_that_beats_dense(pattern, length):
     """The least length at which a plan is not dense, or `None`; see `Cost`."""
-    patterns = pattern.patterns if isinstance(pattern, PerHead) else (pattern,)
+    patterns = _patterns(pattern)
 
     def beats(n):
         return sum(plan(each, n).scored_pairs for each in patterns) < len(patterns) * n * n

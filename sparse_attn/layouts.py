@@ -528,7 +528,7 @@ class Nested:
 
     @property
     def copies(self):
-        return self.outer.copies * self.inner.copies
+        return 3 * self.outer.copies * self.inner.copies  # padded, heads first, in tiles
 
     @property
     def scored_pairs(self):

@@ -5,6 +5,8 @@ import json
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_attn import (
     Atrous,
@@ -20,6 +22,7 @@ from sparse_attn import (
 from sparse_attn.functional import attention_weights
 from sparse_attn.layers import MultiHeadAttention
 from sparse_attn.reference import dense_attention
+from tests.cases import expressions, lengths
 from tests.compare import FLOAT, close, outputs_and_gradients, random_inputs, random_masks, to_numpy
 
 PATTERNS = [
@@ -33,7 +36,17 @@ PATTERNS = [
 @pytest.mark.parametrize("max_score_bytes", [0, 2**30])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_every_head_has_its_pattern(pattern, max_score_bytes):
-    n, h = 29, 4
+    check(pattern, 29, max_score_bytes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(expressions, expressions, lengths, st.sampled_from([0, 2**30]))
+def test_random_expressions_by_head_within_segments(first, second, n, max_score_bytes):
+    check(PerHead([first, second]), n, max_score_bytes)
+
+
+def check(pattern, n, max_score_bytes, h=4):
+    """Each head's output, lse and gradients are those of its pattern alone."""
     q, k, v = random_inputs(n, n, h=h)
     rng = np.random.default_rng(1)
     bias = rng.normal(size=(2, h, n, n)).astype(FLOAT)

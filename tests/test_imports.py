@@ -11,7 +11,7 @@ ROOT = Path(sparse_attn.__file__).parent
 # What each module of the package may import, of the package and of elsewhere.
 ALLOWED = {
     "checks": {"math", "numbers", "operator"},
-    "pictures": {"itertools", "numpy"},
+    "pictures": {"itertools", "re", "numpy"},
     "patterns": {"abc", "dataclasses", "functools", "math", "operator", "numpy", "checks"}
     | {"pictures"},
     "recipes": {"abc", "checks", "patterns"},
@@ -25,13 +25,15 @@ ALLOWED = {
     "terms": {"functools", "itertools", "math", "dataclasses", "bounds", "patterns", "recipes"},
     "plan": {"functools", "itertools", "math", "dataclasses", "numpy", "blocks", "bounds"}
     | {"checks", "layouts", "patterns", "terms", "tracing"},
-    "costs": {"itertools", "math", "dataclasses", "numpy", "einops", "keras", "bounds", "checks"}
-    | {"layouts", "patterns", "plan", "stream", "terms", "tracing"},
+    "costs": {"functools", "itertools", "math", "operator", "dataclasses", "numpy", "einops"}
+    | {"keras", "bounds", "checks", "layouts", "patterns", "plan", "stream", "terms", "tracing"},
     "chosen": {"itertools", "einops", "keras", "layouts", "masking"},
     "attend": {"checks", "functools", "einops", "keras", "masking"},
     "tracing": {"contextlib", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "keras", "einops"}
     | {"attend", "layouts", "masking", "tracing"},
+    "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
+    "show": {"argparse", "os", "pathlib", "parse_pattern", "patterns", "plan"},
     "functional": {
         "functools",
         "itertools",
@@ -84,8 +86,10 @@ def test_nothing_below_the_package_itself_imports_layers():
 
 
 def test_imports_within_functions():
-    # Patterns meet Keras only to be saved, and a backend is named only where tracing needs it.
-    expected = {"patterns": {"costs", "keras"}, "tracing": {"jax", "tensorflow", "torch"}}
+    # Patterns meet Keras only to be saved, and what stands on plans only to be drawn or counted;
+    # a backend is named only where tracing needs it, and matplotlib may be missing.
+    expected = {"patterns": {"costs", "keras", "plots"}, "tracing": {"jax", "tensorflow", "torch"}}
+    expected["plots"] = {"keras", "matplotlib"}
     for path in ROOT.rglob("*.py"):
         assert imports(path, functions=True) == expected.get(path.stem, set())
 

@@ -10,23 +10,28 @@ from hypothesis import given, settings
 
 from sparse_attn import (
     Atrous,
+    Axial,
     Band,
     BigBird,
     Blocks,
     Causal,
     Dilated,
+    Fixed,
     Full,
+    Global,
     Local,
+    Longformer,
     Neighborhood,
     Pattern,
     Prefix,
+    SparseTransformer,
     Strided,
     plan,
 )
 from sparse_attn.bounds import Lists, Select
 from sparse_attn.chosen import Chosen
 from sparse_attn.functional import _Tiles
-from sparse_attn.layouts import Gather, Halo, Stairs
+from sparse_attn.layouts import Gather, Halo, Nested, Stairs
 from sparse_attn.patterns import Ranges
 from sparse_attn.plan import bound, plan_at
 from sparse_attn.terms import MAX_PARTS
@@ -165,6 +170,20 @@ def shapes(pattern, n=4096):
         (Causal() & ~Causal(), []),
         (~Local(4096), []),
         (Prefix(0), []),
+        (Global(4), [(Select(FIRST_4), Stairs), (Select(keys=FIRST_4), Stairs)]),
+        (
+            Fixed(64, 4),
+            [
+                (Blocks(64).grid, Halo),
+                (Select(keys=Ranges(((60, 64),), period=64)), Stairs),
+            ],
+        ),
+        (Blocks(64, reach=1), [(Blocks(64, reach=1).grid, Halo)]),
+        (Neighborhood((64, 64), 3), [(Neighborhood((64, 64), 3).grid, Nested)]),
+        (Neighborhood((4096,), 3), [(Band(3, 3), Halo)]),
+        (Axial((64, 64)), [(Blocks(64).grid, Halo), (Band(rate=64), Stairs)]),
+        (Longformer(64, 0), [(Band(64, 64), Halo)]),
+        (SparseTransformer(64), [(Band(64, 0), Halo), (Band(None, 0, 64), Stairs)]),
     ],
     ids=repr,
 )
