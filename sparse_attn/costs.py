@@ -67,7 +67,9 @@ class Cost:
         forward_bytes: the most memory in use at any time of a forward pass, query,
             key, value and output among it.
         training_bytes: the same for a forward and a backward pass, with all gradients.
-        dense: the same for `Full()`, in as many patterns, a `Cost`; `None` there.
+        dense: the same for `Full()`, a `Cost`; `None` there. Its scores, too, are
+            worked off in pieces where they are many: only its time is quadratic.
+            Beside a `PerHead`, of as many patterns.
         beats_dense_from: the least length at which the plan is not dense; `None` if
             none was found up to `length` and, where every predicate is known, 2**20.
     """

@@ -45,10 +45,9 @@ def parse_pattern(text):
     if not isinstance(text, str):
         raise TypeError(f"`text` must be a str. Received: text={text!r}")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        return _pattern(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, MemoryError, RecursionError) as error:
         raise ValueError(f"`text` must be a pattern. Received: text={text!r} ({error})") from None
-    return _pattern(tree.body)
 
 
 def _pattern(node):
@@ -71,10 +70,12 @@ def _pattern(node):
 
 def _argument(node):
     """A literal, a pattern, or lists of patterns, as in `PerHead([Causal()] * 2 + [Local(3)])`."""
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        pass  # there is more in it
+    if not any(isinstance(part, ast.Name) for part in ast.walk(node)):
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            told = f"An argument must be a literal or a pattern. Received: {ast.unparse(node)}"
+            raise ValueError(told) from None
     match node:
         case ast.List(elements) | ast.Tuple(elements):
             return [_argument(element) for element in elements]

@@ -470,6 +470,10 @@ def test_parse_reads_every_repr_of_our_own_patterns(pattern):
         ("Local(open('x'))", r"A pattern must be made of .*Received: open\('x'\)"),
         ("Local(1", "`text` must be a pattern. Received: text='Local\\(1'"),
         ("", "`text` must be a pattern. Received: text=''"),
+        ("Local(1 + 2)", r"must be a literal or a pattern\. Received: 1 \+ 2"),
+        ("PerHead([Full()] * 10**9)", r"A pattern must be made of .*Received: \[Full\(\)\] \*"),
+        ("~" * 5000 + "Full()", "`text` must be a pattern"),
+        ("Full()" + " | Full()" * 5000, "`text` must be a pattern"),
     ],
 )
 def test_parse_refuses_anything_else(text, message):
