@@ -33,7 +33,10 @@ def show(argv):
         print(f"\nPlan: {plan(each, options.length)}\n")
     print(f"Cost:\n{cost}")
     if options.save:
-        _write_whole(options.save, picture)
+        try:
+            _write_whole(options.save, picture)
+        except OSError as error:
+            parser.error(f"argument --save: {error}")
         print(f"\nSaved to {options.save}")
 
 
@@ -46,6 +49,9 @@ def _svg_file(text):
 
 def _write_whole(path, text):
     """Write a file so that it is there as a whole, or as it was before."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -61,7 +61,7 @@ def test_wrong_arguments(arguments, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_show_tells_picture_plan_and_cost(tmp_path):
+def test_show_tells_picture_plan_and_cost(tmp_path, default_costs):
     saved = tmp_path / "picture.svg"
     text = "Causal() & (Local(64) | Atrous(64))"
     done = run("show", text, "--length", "4096", "--heads", "8", "--save", saved)
@@ -74,7 +74,7 @@ def test_show_tells_picture_plan_and_cost(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["picture.svg"]
 
 
-def test_show_tells_of_each_pattern_of_a_per_head():
+def test_show_tells_of_each_pattern_of_a_per_head(default_costs):
     done = run("show", "PerHead([Local(4), Causal()])", "--length", "64")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Plan: 1 part(s)") == 2
@@ -101,3 +101,12 @@ def test_wrong_arguments_of_show(arguments, message, tmp_path):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_show_that_cannot_save_leaves_nothing(tmp_path):
+    (tmp_path / "picture.svg").mkdir()
+    done = run("show", "Local(3)", "--length", "9", "--save", "picture.svg", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "argument --save: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.svg"]
