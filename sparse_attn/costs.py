@@ -70,8 +70,10 @@ class Cost:
         dense: the same for `Full()`, a `Cost`; `None` there. Its scores, too, are
             worked off in pieces where they are many: only its time is quadratic.
             Beside a `PerHead`, of as many patterns.
-        beats_dense_from: the least length at which the plan is not dense; `None` if
-            none was found up to `length` and, where every predicate is known, 2**20.
+        beats_dense_from: the least length at which the plan scores less than dense
+            attention, found by halving from powers of two: a few lengths beyond
+            it may be dense again. `None` if there is none up to `length` and,
+            where every predicate is known, 2**20.
     """
 
     pairs: int
@@ -222,7 +224,7 @@ def min_length_that_beats_dense(pattern, length):
     patterns = _patterns(pattern)
 
     def beats(n):
-        return sum(plan(each, n).scored_pairs for each in patterns) < len(patterns) * n * n
+        return 0 < sum(plan(each, n).scored_pairs for each in patterns) < len(patterns) * n * n
 
     longest = length if any(map(is_opaque, patterns)) else max(length, LONGEST)
     below = 0

@@ -58,7 +58,7 @@ def _pattern(node):
             return ~_pattern(operand)
         case ast.Call(ast.Name(name), arguments, keywords) if name in _NAMES:
             given = {keyword.arg: _argument(keyword.value) for keyword in keywords}
-            if None not in given:
+            if None not in given and len(given) == len(keywords):
                 return _NAMES[name](*map(_argument, arguments), **given)
         case ast.Name(name) if name in _NAMES:
             raise ValueError(f"A pattern is made by a call, {name}(...). Received: {name}")
@@ -83,8 +83,8 @@ def _argument(node):
             left, right = _argument(left), _argument(right)
             if isinstance(left, list) and isinstance(right, list):
                 return left + right
-        case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))) if times <= 1024:
+        case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))):
             left = _argument(left)
-            if isinstance(left, list):
+            if isinstance(left, list) and len(left) * times <= 1024:
                 return left * times
     return _pattern(node)

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import operator
 
 import keras
 import numpy as np
@@ -31,7 +30,7 @@ from sparse_attn.masking import (
     zero_masked,
 )
 from sparse_attn.patterns import Band, Grid, PerHead, check_pattern
-from sparse_attn.plan import Part, axes_of, has_surplus, plan, plan_at
+from sparse_attn.plan import Part, axes_of, has_surplus, plan_at, plan_lengths
 from sparse_attn.stream import (
     MAX_SCORE_BYTES,
     Mask,
@@ -157,7 +156,7 @@ def sparse_attention(
     if 0 in (*known, query.shape[0]):  # nothing asks, or nothing answers
         parts = ()
     elif q_pos is None:
-        parts = plan(pattern, *known).parts
+        parts = plan_lengths(pattern, *known).parts
     else:
         parts = plan_at(pattern, q_pos, n, m, query.shape[-1]).parts
 
@@ -375,7 +374,7 @@ class _Tiles:
 
     def _restrict(self, *tensors):
         """Allow what a mask does, or what is equal in two tensors."""
-        function = _as_it_is if len(tensors) == 1 else operator.eq
+        function = _as_it_is if len(tensors) == 1 else ops.equal
         masks = [Mask(function, each) for each in zip(*tensors, strict=True)]
         self.masks = [[*terms, mask] for terms, mask in zip(self.masks, masks, strict=True)]
 

@@ -151,11 +151,12 @@ def plan(pattern, n=None, m=None):
         raise TypeError(received("pattern", "one of the `patterns` of a PerHead", pattern))
     n = None if n is None else check_int("n", n, minimum=1)
     m = n if m is None else check_int("m", m, minimum=1)
+    return plan_lengths(pattern, n, m)
+
+
+def plan_lengths(pattern, n, m):
+    """`plan` where either length may be unknown alone: `m=None` is not `n` here."""
     pattern.check_lengths(n, m)
-    return _plan(pattern, n, m)
-
-
-def _plan(pattern, n, m):
     return _cached_plan(pattern, n, m, len(bound.registry) + len(rewrite.registry))
 
 
@@ -276,7 +277,7 @@ def plan_at(pattern, q_pos, n, m, dim):
     """
     check_pattern("pattern", pattern)
     pattern.check_lengths(None, m if isinstance(m, int) else None)
-    parts = [_part_at(part, q_pos, n, m) for part in _plan(pattern, None, None)]
+    parts = [_part_at(part, q_pos, n, m) for part in plan_lengths(pattern, None, None)]
     known = isinstance(n, int) and isinstance(m, int)
     dense = Part.of(Band(), pattern, *((n, m) if known else (None, None)))
     if known and sum(_moved(part, m, dim) for part in parts) >= _moved(dense, m, dim):

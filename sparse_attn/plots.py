@@ -28,6 +28,8 @@ def plot(pattern, n, m=None, weights=None, ax=None):
         return _plot_heads(pyplot, pattern, n, m, weights, ax)
     if ax is None:
         _, (ax,) = _subplots(pyplot, [pattern], n, m, weights)
+    elif not hasattr(ax, "add_collection"):
+        raise TypeError(received("ax", "matplotlib axes", ax))
     if weights is None:
         _draw_plan(ax, pattern, n, m)
     else:
@@ -55,9 +57,11 @@ def _check_weights(weights, n, m):
     from keras import ops
 
     weights = ops.convert_to_numpy(weights)
-    if weights.ndim not in (2, 3) or weights.shape[-2:] != (n, m):
+    if weights.ndim not in (2, 3) or weights.shape[-2:] != (n, m) or not weights.size:
         requirement = f"of shape ({n}, {m}) or (heads, {n}, {m}), as a layer's for one row are"
         raise ValueError(received("weights", requirement, weights.shape))
+    if not np.isfinite(weights.astype("float32")).all():
+        raise ValueError("`weights` must be finite. Received: NaN or infinite ones")
     return weights.reshape(-1, n, m)
 
 

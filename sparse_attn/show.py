@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from sparse_attn import parse_pattern, plan
 from sparse_attn.patterns import PerHead
 
 __all__ = ["show"]
+
+LONGEST = 2**24
 
 
 def show(argv):
@@ -19,6 +22,8 @@ def show(argv):
     parser.add_argument("--head-dim", type=int, default=64, help="features (%(default)s)")
     parser.add_argument("--save", type=_svg_file, metavar="PICTURE.svg", help="draw it there too")
     options = parser.parse_args(argv)
+    if options.length > LONGEST:
+        parser.error(f"argument --length: at most {LONGEST:,}. Received: {options.length:,}")
     try:
         pattern = parse_pattern(options.pattern)
         patterns = dict.fromkeys(pattern.patterns if isinstance(pattern, PerHead) else [pattern])
@@ -27,6 +32,10 @@ def show(argv):
         picture = pattern.svg(options.length) if options.save else None
     except (TypeError, ValueError) as error:
         parser.error(str(error))
+    except (MemoryError, OverflowError, RecursionError) as error:
+        parser.error(f"this is too much: {type(error).__name__}: {error}")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know the characters
     for each in patterns:
         print(f"{each!r}, {options.length:,} queries down, as many keys across:\n")
         print(each.text(options.length))

@@ -6,6 +6,7 @@ import pytest
 
 from sparse_attn import (
     Atrous,
+    Band,
     Blocks,
     Causal,
     Dilated,
@@ -266,3 +267,23 @@ def test_compiled_dense_pass_is_no_slower_than_the_plain_operation(pattern):
     compiled_ours, compiled_plain = tf.function(ours), tf.function(plain)
     np.testing.assert_allclose(compiled_ours(x), compiled_plain(x), atol=1e-5)
     assert seconds(compiled_ours) < 3 * seconds(compiled_plain)
+
+
+@pytest.mark.parametrize(("n", "m"), [(33, None), (None, 40), (None, None)])
+@pytest.mark.parametrize(
+    "pattern", [Full(), Local(3), Atrous(15), Blocks(20, 1), Fixed(4), Band(-4, 17, 2)], ids=repr
+)
+def test_one_length_may_be_unknown_and_segments_known(pattern, n, m):
+    q, k, v = random_inputs(33, 40)
+    rng = np.random.default_rng(0)
+    segments = rng.integers(0, 2, (2, 33)), rng.integers(0, 2, (2, 40))
+    for segment_ids in (None, segments):
+        function = tf.function(
+            lambda q, k, v, ids=segment_ids: sparse_attention(q, k, v, pattern, segment_ids=ids),
+            input_signature=[
+                tf.TensorSpec((2, size, 2, x.shape[-1]), FLOAT)
+                for size, x in zip((n, m, m), (q, k, v), strict=True)
+            ],
+        )
+        expected, _ = dense_attention(q, k, v, pattern, segment_ids=segment_ids)
+        close(function(q, k, v), expected, "out")

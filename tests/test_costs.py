@@ -108,6 +108,7 @@ def test_the_length_at_which_a_pattern_beats_dense(pattern, default_costs):
 def test_where_no_length_beats_dense(default_costs):
     assert Random(50, 4, 20).cost(50).beats_dense_from is None
     assert Diagonals().cost(128).beats_dense_from is None
+    assert (~Local(10)).cost(300).beats_dense_from != 1  # where it allows nothing
     assert str(Full().cost(50)).endswith("Beats dense at no length that was tried.")
 
 
@@ -134,7 +135,7 @@ def test_a_cost_is_printed_as_a_table(default_costs):
     assert lines[1].split() == ["pairs", "2,035,456", "16,777,216", "0.121"]
     assert lines[4].split() == ["forward", "flops", "5.37", "G", "34.4", "G", "0.156"]
     start = Local(256).cost(9).beats_dense_from
-    assert lines[-1] == f"Beats dense from length {start:,} on."
+    assert lines[-1] == f"The shortest length that beats dense: {start:,}."
     assert isinstance(Local(256).cost(9), Cost)
 
 

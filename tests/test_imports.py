@@ -33,12 +33,11 @@ ALLOWED = {
     "stream": {"collections", "dataclasses", "functools", "operator", "keras", "einops"}
     | {"attend", "layouts", "masking", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
-    "show": {"argparse", "os", "pathlib", "parse_pattern", "patterns", "plan"},
+    "show": {"argparse", "os", "pathlib", "sys", "parse_pattern", "patterns", "plan"},
     "functional": {
         "functools",
         "itertools",
         "math",
-        "operator",
         "keras",
         "numpy",
         "einops",

@@ -92,6 +92,10 @@ def test_show_tells_of_each_pattern_of_a_per_head(default_costs):
         (["PerHead([Full()] * 2)", "--heads", "3"], "multiple of 2"),
         (["Local(3)", "--save", "a.png"], "must be a .svg file in a folder that exists: a.png"),
         (["Local(3)", "--save", "no/a.svg"], "must be a .svg file in a folder that exists"),
+        (["Local(3)", "--length", str(10**9)], "argument --length: at most 16,777,216"),
+        (["Local(1, window=2)"], "multiple values for argument 'window'"),
+        (["Local(window=1, window=2)"], "A pattern must be made of"),
+        (["&".join(f"Local({i})" for i in range(900))], "too much: RecursionError"),
         ([], "the following arguments are required: pattern"),
     ],
 )

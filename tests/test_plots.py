@@ -119,7 +119,14 @@ def test_weights_of_heads_of_their_own():
     assert (full.images[1].get_array().compressed() == 0.5).all()
 
 
-@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 6, 5), (1, 2, 6, 6)])
+def test_weights_and_axes_of_another_kind():
+    with pytest.raises(ValueError, match="`weights` must be finite"):
+        Full().plot(2, weights=np.array([[1, np.nan], [0, 1]]))
+    with pytest.raises(TypeError, match=r"`ax` must be matplotlib axes\. Received: ax='red'"):
+        Full().plot(2, ax="red")
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 6, 5), (1, 2, 6, 6), (0, 6, 6)])
 def test_weights_of_another_shape(shape):
     with pytest.raises(ValueError, match=r"`weights` must be of shape \(6, 6\) or \(heads, 6, 6\)"):
         Full().plot(6, weights=np.zeros(shape))
