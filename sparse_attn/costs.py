@@ -103,7 +103,7 @@ class Cost:
             start = self.beats_dense_from
             known = start is not None
             lines.append(
-                f"Beats dense from length {start:,} on."
+                f"The shortest length that beats dense: {start:,}."
                 if known
                 else "Beats dense at no length that was tried."
             )
