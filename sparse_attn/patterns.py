@@ -199,7 +199,7 @@ class Pattern(metaclass=_Frozen):
         >>> cost.pairs, cost.scored_pairs, cost.dense.pairs
         (1019776, 1572864, 16777216)
         >>> cost.beats_dense_from
-        181
+        256
         """
         from sparse_attn.costs import cost
 
