@@ -29,8 +29,10 @@ from sparse_attn.patterns import (
 )
 from sparse_attn.plan import plan
 from sparse_attn.recipes import BigBird, Longformer, PrefixLM, SparseTransformer, StreamingLLM
+from sparse_attn.scores import ALiBi, PositionBias, ScoreMod, SoftCap
 
 __all__ = [
+    "ALiBi",
     "Atrous",
     "Axial",
     "Band",
@@ -47,9 +49,12 @@ __all__ = [
     "Neighborhood",
     "Pattern",
     "PerHead",
+    "PositionBias",
     "Prefix",
     "PrefixLM",
     "Random",
+    "ScoreMod",
+    "SoftCap",
     "SparseTransformer",
     "StreamingLLM",
     "Strided",

@@ -6,26 +6,18 @@ from einops import einsum
 from keras import ops
 
 from sparse_attn.checks import check_tensor, received
-from sparse_attn.masking import MASKED, at_least_lowest, larger, softmax, wide, zero_masked
+from sparse_attn.masking import MASKED, at_least_lowest, larger, wide, zero_masked
 
 
-def weigh(query, key, tables, dtype):
-    """The softmax weights of each tile's queries over its keys.
+def score(query, key, dtype):
+    """The scores `(b, h, t, i, j)` of each tile's queries with its keys.
 
     Args:
         query: `(b, h, t, i, d)`, already scaled and finite.
         key: `(b, h, t, j, d)`, finite.
-        tables: tensors to add to the scores, which broadcast to `(b, h, t, i, j)`:
-            biases, masks.
-        dtype: that of the tables and of the softmax.
-
-    Returns:
-        `(scores, weights)`, both `(b, h, t, i, j)` of that dtype.
+        dtype: that of the scores.
     """
-    scores = ops.cast(einsum(query, key, "b h t i d, b h t j d -> b h t i j"), dtype)
-    for table in tables:
-        scores = scores + table
-    return scores, softmax(scores)
+    return ops.cast(einsum(query, key, "b h t i d, b h t j d -> b h t i j"), dtype)
 
 
 def log_sum_exp(scores, weights):
@@ -38,26 +30,29 @@ def average(weights, value):
     return einsum(weights, value, "b h t i j, b h t j e -> b h t i e")
 
 
-def gradients(query, key, value, weights, kept, d_out, delta):
-    """The backward pass of a tile: `ds = p * (dp - delta)`.
+def weight_gradients(value, weights, kept, d_out, delta):
+    """The backward pass of a tile, down to its scores: `ds = p * (dp - delta)`.
 
     Args:
-        query, key, value: as in the forward pass.
-        weights: `(b, h, t, i, j)`, of their dtype.
+        value, weights: as in the forward pass.
         kept: a function from weights to those that dropout keeps, scaled up.
         d_out: `(b, h, t, i, e)`, the gradient of the output.
         delta: `(b, h, t, i, 1)`: `sum(out * d_out)`, less the gradient of the
             log-sum-exp. The sum is that of `p * dp` over the keys.
 
     Returns:
-        `(d_query, d_key, d_value, d_scores)`.
+        `(d_value, d_scores)`.
     """
     d_value = einsum(kept(weights), d_out, "b h t i j, b h t i e -> b h t j e")
     d_weights = kept(einsum(d_out, value, "b h t i e, b h t j e -> b h t i j"))
-    d_scores = weights * (d_weights - ops.cast(delta, weights.dtype))
+    return d_value, weights * (d_weights - ops.cast(delta, weights.dtype))
+
+
+def score_gradients(query, key, d_scores):
+    """The rest of it: `(d_query, d_key)`."""
     d_query = einsum(d_scores, key, "b h t i j, b h t j d -> b h t i d")
     d_key = einsum(d_scores, query, "b h t i j, b h t i d -> b h t j d")
-    return d_query, d_key, d_value, d_scores
+    return d_query, d_key
 
 
 def merge_attention(parts):

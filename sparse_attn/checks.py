@@ -49,6 +49,16 @@ def check_number(name, value):
     return float(value)
 
 
+def check_positive(name, value):
+    """Return `value` as a finite float above 0, or raise as `check_int` does."""
+    requirement = "a positive number"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(received(name, requirement, value))
+    if not 0 < value < math.inf:
+        raise ValueError(received(name, requirement, value))
+    return float(value)
+
+
 def check_rate(name, value):
     """Return `value` as a float in [0, 1), or raise as `check_int` does."""
     requirement = "a number in [0, 1)"

@@ -105,14 +105,18 @@ def share_out(x, heads, axis):
 
     Args:
         x: a tensor, or `None`; an axis of size 1 is that of every head.
-        heads: lists of numbers, in which each head is once.
+        heads: lists of numbers.
         axis: that of the heads.
     """
-    if x is None or x.shape[axis] == 1 < sum(map(len, heads)):
+    numbers = list(itertools.chain(*heads))
+    if x is None or x.shape[axis] == 1 < len(numbers):
         return [x] * len(heads)
-    ends = list(itertools.accumulate(len(numbers) for numbers in heads))[:-1]
-    x = _reorder(x, list(itertools.chain(*heads)), axis)
-    return ops.split(x, ends, axis=axis) if ends else [x]
+    if sorted(numbers) == list(range(x.shape[axis])):
+        ends = list(itertools.accumulate(map(len, heads)))[:-1]
+        x = _reorder(x, numbers, axis)
+        return ops.split(x, ends, axis=axis) if ends else [x]
+    single = ops.split(x, x.shape[axis], axis=axis)  # some are in several lists
+    return [ops.concatenate([single[number] for number in own], axis=axis) for own in heads]
 
 
 def bring_together(tensors, heads, axis):

@@ -1,8 +1,7 @@
 """Sparse attention as a function: plan, split, attend, join, merge."""
 
-import functools
 import itertools
-import math
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -10,7 +9,7 @@ from einops import einsum, rearrange
 from keras import ops
 
 from sparse_attn.attend import join_apart, merge, public_lse
-from sparse_attn.bounds import Lists, are_apart
+from sparse_attn.bounds import are_apart
 from sparse_attn.checks import (
     check_bool,
     check_int,
@@ -23,24 +22,24 @@ from sparse_attn.chosen import Chosen, bring_together, share_out
 from sparse_attn.masking import (
     LOWEST,
     MASKED,
-    at_least_lowest,
     check_mask,
     masked_softmax,
     wide,
     zero_masked,
 )
-from sparse_attn.patterns import Band, Grid, PerHead, check_pattern
-from sparse_attn.plan import Part, axes_of, has_surplus, plan_at, plan_lengths
+from sparse_attn.patterns import Band, PerHead, check_pattern
+from sparse_attn.plan import Part, plan_at, plan_lengths
+from sparse_attn.scores import apply_mods, is_differentiable, read_mods
 from sparse_attn.stream import (
     MAX_SCORE_BYTES,
-    Mask,
+    Mods,
     Schedule,
     allowed_by,
     attend_tiles,
     schedule,
     score_bytes,
 )
-from sparse_attn.terms import answers_all, period
+from sparse_attn.tiles import Given, Tiles
 from sparse_attn.tracing import unconverted
 
 
@@ -56,6 +55,7 @@ def sparse_attention(
     segment_ids=None,
     attention_mask=None,
     bias=None,
+    score_mod=None,
     scale=None,
     query_positions=None,
     dropout=0.0,
@@ -72,10 +72,12 @@ def sparse_attention(
 
     Args:
         query: `(b, n, h, d)` float tensor or array.
-        key: `(b, m, h, d)`, of the same dtype.
-        value: `(b, m, h, e)`, of the same dtype.
+        key: `(b, m, g, d)`, of the same dtype. Where `g` is less than `h`, a
+            divisor of it, each head of keys serves `h / g` neighbouring heads
+            of queries: grouped-query attention. It is not copied for them.
+        value: `(b, m, g, e)`, of the same dtype.
         pattern: a `Pattern`: which pairs of positions may attend; or a
-            `PerHead`, one for each head or group of heads.
+            `PerHead`, one for each head or group of heads of queries.
         query_mask: `(b, n)` bools, True = valid. An invalid query gets `out` 0
             and `lse` `-inf`, and what it holds does not matter.
         key_mask: `(b, m)` bools, True = valid. What an invalid key or its
@@ -89,6 +91,14 @@ def sparse_attention(
             pattern.
         bias: numbers of the same shapes, added to the scaled scores; less than
             -1e29, such as `-inf`, forbids a pair. Likewise of size n * m.
+        score_mod: what is done to the scaled scores of the tiles before the
+            softmax: a `ScoreMod`, such as `ALiBi(8)` or `SoftCap(50.0)`; a function
+            `(scores, q_pos, k_pos, head) -> scores`; or a list of these, which
+            are applied in turn, before `bias`. All four are tensors that
+            broadcast with one another, the last three int32. A function must
+            treat each score by itself; it may use other tensors, and is
+            differentiated by the framework, so that its scores are kept for
+            the backward pass whatever `max_score_bytes` says.
         scale: a number, `d ** -0.5` by default.
         query_positions: where the queries are not at `0, 1, 2, ...`: an int,
             the position of the first of them, or `(n,)` non-negative ints.
@@ -128,55 +138,136 @@ def sparse_attention(
     >>> tuple(sparse_attention(x, x, x, Causal() & Local(100)).shape)
     (1, 1000, 8, 64)
     """
-    query, key, value, n, m = _check_tensors(query, key, value)
+    query, key, value = _check_tensors(query, key, value)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, bias)
     query_mask, key_mask, attention_mask, bias = masks
     segment_ids = _check_segments(segment_ids, query, key)
+    mods = read_mods(score_mod, query.shape[2])
     check_bool("return_lse", return_lse)
     dropout = check_rate("dropout", dropout)
     max_score_bytes = check_int("max_score_bytes", max_score_bytes, minimum=0)
     if not (seed is None or isinstance(seed, keras.random.SeedGenerator)):
         seed = check_int("seed", seed)
+    check_pattern("pattern", pattern)
+    q_pos = None
+    if query_positions is not None:
+        q_pos = _check_positions(query_positions, query.shape[1], ops.shape(query)[1])
     # Padding may hold anything: 0 * NaN would reach valid outputs and gradients.
     query = zero_masked(query, query_mask)
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
     query = query * _scale(query, scale)
 
-    check_pattern("pattern", pattern)
-    if isinstance(pattern, PerHead):
-        options = {"query_mask": query_mask, "key_mask": key_mask, "segment_ids": segment_ids}
-        options |= {"query_positions": query_positions, "dropout": dropout, "scale": 1.0}
-        options["return_lse"] = return_lse
-        of_heads = (query, key, value, attention_mask, bias)
-        return _per_head(pattern, of_heads, seed, max_score_bytes, options)
+    given = Given(
+        tuple(range(query.shape[2])),
+        query.shape[2] // key.shape[2],
+        q_pos,
+        key_mask,
+        segment_ids,
+        attention_mask,
+        bias,
+        mods,
+    )
+    groups = head_groups(pattern, given)
+    shares = _share_out(query, key, value, given, groups)
+    found = []
+    for number, ((each, heads, _), share) in enumerate(zip(groups, shares, strict=True)):
+        own = {"max_score_bytes": max_score_bytes * len(heads) // query.shape[2]}
+        # No two groups drop alike.
+        own["seed"] = seed + number if isinstance(seed, int) else seed
+        found.append(_attend(*share, each, dropout=dropout, return_lse=return_lse, **own))
+    heads = [numbers for _, numbers, _ in groups]
+    outs, lses = zip(*found, strict=True)
+    out = zero_masked(bring_together(outs, heads, axis=2), query_mask)
+    if not return_lse:
+        return out
+    lse = bring_together(lses, heads, axis=2)
+    if query_mask is not None:
+        lse = ops.where(query_mask[..., None], lse, ops.full((), LOWEST, lse.dtype))
+    return out, public_lse(lse)
+
+
+def head_groups(pattern, given):
+    """Heads that are worked off together: those of one pattern, which share keys alike.
+
+    Returns:
+        A list of `(pattern, heads, key_heads)`, two lists of numbers.
+    """
+    num_heads, repeats = len(given.heads), given.repeats
+    if not isinstance(pattern, PerHead):
+        return [(pattern, list(range(num_heads)), list(range(num_heads // repeats)))]
+    found = []
+    for each, heads in pattern.groups(num_heads).items():
+        served = [
+            (key_head, list(own))
+            for key_head, own in itertools.groupby(heads, lambda x: x // repeats)
+        ]
+        for count in dict.fromkeys(len(own) for _, own in served):
+            alike = [(key_head, own) for key_head, own in served if len(own) == count]
+            numbers = [number for _, own in alike for number in own]
+            found.append((each, numbers, [key_head for key_head, _ in alike]))
+    return found
+
+
+def _share_out(query, key, value, given, groups):
+    """For each of some groups of heads `(query, key, value, given)`."""
+    heads, key_heads = ([group[place] for group in groups] for place in (1, 2))
+    tensors = [share_out(query, heads, 2), *(share_out(x, key_heads, 2) for x in (key, value))]
+    pairs = [share_out(x, heads, 1) for x in (given.attention_mask, given.bias)]
+    for numbers, of_keys, *own, attention_mask, bias in zip(
+        heads, key_heads, *tensors, *pairs, strict=True
+    ):
+        share = replace(
+            given,
+            heads=tuple(given.heads[number] for number in numbers),
+            repeats=len(numbers) // len(of_keys),
+            attention_mask=attention_mask,
+            bias=bias,
+        )
+        yield *own, share
+
+
+def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max_score_bytes):
+    """Attention of heads that have one pattern: `(out, lse)`, `lse` finite and perhaps `None`."""
+    n, m = ops.shape(query)[1], ops.shape(key)[1]
     known = [size if isinstance(size, int) else None for size in (n, m)]
-    q_pos = None
-    if query_positions is not None:
-        q_pos = _check_positions(query_positions, known[0], n)
     if 0 in (*known, query.shape[0]):  # nothing asks, or nothing answers
         parts = ()
-    elif q_pos is None:
+    elif given.q_pos is None:
         parts = plan_lengths(pattern, *known).parts
     else:
-        parts = plan_at(pattern, q_pos, n, m, query.shape[-1]).parts
+        parts = plan_at(pattern, given.q_pos, n, m, query.shape[-1]).parts
 
     chosen = [[Chosen(x, size) for x, size in ((p.queries, n), (p.keys, m))] for p in parts]
     apart = are_apart([part.queries for part in parts])
     need_lse = return_lse or not apart
-    schedules = _schedules(parts, chosen, query, value, bias is not None, max_score_bytes)
-    seeds = _seeds(schedules, query, seed) if dropout else [None] * len(parts)
+    schedules = _schedules(parts, chosen, query, value, given, max_score_bytes)
+    seeds = [None] * len(parts)
+    if dropout:
+        seeds = _seeds(schedules, ops.shape(query)[0], key.shape[2], seed)
+    tensors = [mod.tensors for mod in given.mods]
+    # Heads of queries that share keys stand side by side, as features of one head.
+    grouped = rearrange(query, "b n (g r) d -> b n g (r d)", r=given.repeats)
     found = []
-    for part, (queries, keys), schedule_, seed_ in zip(
-        parts, chosen, schedules, seeds, strict=True
-    ):
-        pairs = (key_mask, segment_ids, attention_mask, bias)
-        tiles = _Tiles(part, schedule_.layout, queries, keys, q_pos, *pairs)
-        options = {"dropout": dropout, "seeds": seed_, "return_lse": need_lse}
-        options["zero_unanswered"] = not (need_lse or tiles.answer_all)
-        q, k, v = queries.pick(query), keys.pick(key), keys.pick(value)
-        out, lse = attend_tiles(schedule_, q, k, v, tiles.masks, tiles.bias, **options)
+    for part, (queries, keys), own, own_seeds in zip(parts, chosen, schedules, seeds, strict=True):
+        tiles = Tiles(part, own.layout, queries, keys, given)
+        mods = Mods(given.mods, tiles.positions_for(given.mods), tensors) if given.mods else None
+        out, lse = attend_tiles(
+            own,
+            queries.pick(grouped),
+            keys.pick(key),
+            keys.pick(value),
+            tiles.masks,
+            tiles.bias,
+            mods,
+            repeats=given.repeats,
+            dropout=dropout,
+            seeds=own_seeds,
+            return_lse=need_lse,
+            zero_unanswered=not (need_lse or tiles.answer_all),
+        )
+        out = rearrange(out, "b n g (r e) -> b n (g r) e", r=given.repeats)
         if lse is not None:
-            lse = queries.place(rearrange(lse, "b n h 1 -> b n h"), LOWEST)
+            lse = queries.place(rearrange(lse, "b n g r -> b n (g r)"), LOWEST)
         found.append((queries.place(out, 0.0), lse))
     if not found:  # the pattern allows nothing at these lengths
         shape = ops.shape(query)[:3]
@@ -184,14 +275,7 @@ def sparse_attention(
         out = out + _zero_of(query, key, value)
         found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
     out, lse = join_apart(found) if apart else merge(found)
-    if lse is not None:
-        out = zero_masked(out, lse > MASKED)
-    out = zero_masked(out, query_mask)
-    if not return_lse:
-        return out
-    if query_mask is not None:
-        lse = ops.where(query_mask[..., None], lse, ops.full((), LOWEST, lse.dtype))
-    return out, public_lse(lse)
+    return out if lse is None else zero_masked(out, lse > MASKED), lse
 
 
 def _zero_of(*tensors):
@@ -200,219 +284,31 @@ def _zero_of(*tensors):
     return sum(sums[1:], sums[0])
 
 
-def _per_head(pattern, of_heads, seed, max_score_bytes, options):
-    """`sparse_attention` for the heads of each distinct pattern, put together again."""
-    num_heads = of_heads[0].shape[2]
-    groups = pattern.groups(num_heads)
-    heads = list(groups.values())
-    shares = [share_out(x, heads, axis) for x, axis in zip(of_heads, (2, 2, 2, 1, 1), strict=True)]
-    found = []
-    for number, (each, tensors) in enumerate(zip(groups, zip(*shares, strict=True), strict=True)):
-        query, key, value, attention_mask, bias = tensors
-        budget = max_score_bytes * len(heads[number]) // num_heads
-        options |= {"attention_mask": attention_mask, "bias": bias, "max_score_bytes": budget}
-        # No two groups drop alike.
-        own_seed = seed + number if isinstance(seed, int) else seed
-        found.append(sparse_attention(query, key, value, each, seed=own_seed, **options))
-    if not options["return_lse"]:
-        return bring_together(found, heads, axis=2)
-    return tuple(bring_together(x, heads, axis=2) for x in zip(*found, strict=True))
-
-
-def _schedules(parts, chosen, query, value, has_bias, max_score_bytes):
+def _schedules(parts, chosen, query, value, given, max_score_bytes):
     """How each part is worked off: in small pieces, and streamed if all are too much to keep."""
     batch, _, heads, _ = query.shape
+    groups = heads // given.repeats
     if not all(isinstance(x.size, int) for pair in chosen for x in pair):  # not known yet
         layouts = [p.layout.at(q.count, k.count) for p, (q, k) in zip(parts, chosen, strict=True)]
-        return [Schedule(layout, heads) for layout in layouts]
-    if has_bias:  # its tiles are laid out anyway
-        return [Schedule(part.layout, heads) for part in parts]
+        return [Schedule(layout, groups) for layout in layouts]
+    if given.bias is not None:  # its tiles are laid out anyway
+        return [Schedule(part.layout, groups) for part in parts]
     pairs = sum(part.scored_pairs for part in parts)
     streamed = score_bytes(pairs, batch, heads, query.dtype) > max_score_bytes
-    dim = max(query.shape[-1], value.shape[-1])
-    return [schedule(part.layout, batch, heads, dim, query.dtype, streamed) for part in parts]
+    sizes = {"dim": max(query.shape[-1], value.shape[-1]), "repeats": given.repeats}
+    sizes["streamed"] = streamed and is_differentiable(given.mods)
+    return [schedule(part.layout, batch, groups, dtype=query.dtype, **sizes) for part in parts]
 
 
-def _seeds(schedules, query, seed):
+def _seeds(schedules, batch, groups, seed):
     """For each part, a seed for each piece: no two pieces drop alike."""
-    batch, _, heads, _ = ops.shape(query)
-    counts = [schedule.num_pieces(batch, heads) for schedule in schedules]
+    counts = [schedule.num_pieces(batch, groups) for schedule in schedules]
     seeds = keras.random.randint((sum(counts), 2), 0, 2**31 - 1, dtype="int32", seed=seed)
     starts = itertools.accumulate(counts, initial=0)
     return [
         ops.slice(seeds, (start, 0), (count, 2))
         for start, count in zip(starts, counts, strict=False)
     ]
-
-
-class _Tiles:
-    """What is masked in the tiles of a part, and what is added to their scores.
-
-    Attributes:
-        masks: for each run of the layout, a list of `Mask`: a pair is allowed
-            if all of them say so.
-        bias: for each run, float tiles; empty if there is no bias.
-    """
-
-    def __init__(
-        self,
-        part,
-        layout,
-        queries,
-        keys,
-        q_pos=None,
-        key_mask=None,
-        segment_ids=None,
-        attention_mask=None,
-        bias=None,
-    ):
-        self.part, self.layout, self.queries, self.keys = part, layout, queries, keys
-        self.shifted = q_pos is not None
-        self.q_pos = q_pos if self.shifted else queries.positions
-        self.k_pos = keys.positions
-        restrictions = (key_mask, segment_ids, attention_mask, bias)
-        self.is_restricted = not all(x is None for x in restrictions)
-        self.masks = self._pattern_masks()
-        if key_mask is not None or layout.pads_keys or not keys.all_exist:
-            valid = _as_rows(self.k_pos) < keys.size
-            if key_mask is not None:
-                valid = valid & keys.pick(key_mask[:, :, None, None])
-            valid = layout.split_keys(valid, queries.count)
-            self._restrict([rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in valid])
-        if segment_ids is not None:
-            self._restrict(*self._segments(*segment_ids))
-        self.bias = []
-        if attention_mask is not None:
-            self._restrict(self._at_pairs(attention_mask))
-        if bias is not None:
-            tiles = self._at_pairs(bias)
-            self._restrict([x > MASKED for x in tiles])
-            self.bias = [at_least_lowest(x) for x in tiles]
-
-    def _pattern_masks(self):
-        part, layout = self.part, self.layout
-        runs = layout.runs()
-        surplus = [True] * len(runs) if self.shifted else has_surplus(part, layout)
-        if part.pattern == Band() or not any(surplus):
-            return [[] for _ in runs]
-        is_grid = isinstance(part.pattern, Grid) and part.pattern == part.bound
-        if is_grid and not self.shifted and len(axes_of(layout)) == len(part.pattern.bands):
-            masks = self._axis_masks()
-        else:
-            masks = self._position_masks()
-        return [[mask] if needed else [] for needed, mask in zip(surplus, masks, strict=True)]
-
-    def _position_masks(self):
-        """For each run, the predicate at its tiles' positions, or at those of one for all."""
-        pattern, positions = self.part.pattern, None
-        if self._tiles_are_alike():
-            positions = self.layout.sample(self.q_pos, self.k_pos)
-        if positions is None:
-            positions = self._positions
-
-        partial = self._partial_keys()
-
-        def evaluate(q_pos, k_pos):
-            q_pos, k_pos = q_pos[0, 0], k_pos[0, 0]
-            if partial is None:
-                return _evaluate(pattern, q_pos, k_pos)[None, None]
-            allowed = _evaluate(pattern, q_pos, k_pos[..., :partial])
-            whole = k_pos.shape[-1] - partial
-            return ops.pad(allowed, ((0, 0), (0, 0), (0, whole)), constant_values=True)[None, None]
-
-        return [Mask(evaluate, tuple(x[None, None] for x in pair)) for pair in positions]
-
-    def _partial_keys(self):
-        """How many keys at the start of each tile the predicate must be asked about, or `None`."""
-        bound = self.part.bound
-        if self.shifted or not isinstance(bound, Lists):
-            return None
-        return bound.partial * bound.size or None
-
-    def _tiles_are_alike(self):
-        if self.shifted or self.part.queries is not None or self.part.keys is not None:
-            return False
-        repeats = period(self.part.pattern)
-        return repeats == 1 or (repeats > 1 and self.layout.step % repeats == 0)
-
-    def _axis_masks(self):
-        """For each run, the bands of a grid at the coordinates of one tile: all are alike."""
-        grid, row = self.part.pattern, 1
-        axes = axes_of(self.layout)
-        tables = []
-        for axis, (layout, band) in enumerate(zip(axes, grid.bands, strict=True)):
-            size = None if axis == 0 else grid.sizes[axis - 1]
-            row = math.prod(grid.sizes[axis:])
-            n, m = (-(-x.count // row) if axis == 0 else size for x in (self.queries, self.keys))
-            pairs = layout.sample(ops.arange(n, dtype="int32"), ops.arange(m, dtype="int32"))
-            tables.append([band(q_pos, k_pos)[0] for q_pos, k_pos in pairs])
-        found = []
-        for outer in tables[0]:
-            for (inner,) in tables[1:]:
-                both = outer[:, None, :, None] & inner[None, :, None, :]
-                outer = rearrange(both, "i k j l -> (i k) (j l)")
-            found.append(Mask(_as_it_is, (outer[None, None, None],)))
-        return found
-
-    @functools.cached_property
-    def _positions(self):
-        """`(t, i, 1)` and `(t, 1, j)`: positions are cut as the vectors they belong to are."""
-        queries = self.layout.split_queries(_as_rows(self.q_pos))
-        keys = self.layout.split_keys(_as_rows(self.k_pos), self.queries.count)
-        return [
-            (rearrange(q, "1 1 t i 1 -> t i 1"), rearrange(k, "1 1 t j 1 -> t 1 j"))
-            for q, k in zip(queries, keys, strict=True)
-        ]
-
-    def _segments(self, of_queries, of_keys):
-        """The numbers of the segments of each tile's queries, and of its keys."""
-        rows = self.layout.split_queries(self.queries.pick(of_queries[:, :, None, None]))
-        columns = self.layout.split_keys(
-            self.keys.pick(of_keys[:, :, None, None]), self.queries.count
-        )
-        return rows, [rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in columns]
-
-    def _restrict(self, *tensors):
-        """Allow what a mask does, or what is equal in two tensors."""
-        function = _as_it_is if len(tensors) == 1 else ops.equal
-        masks = [Mask(function, each) for each in zip(*tensors, strict=True)]
-        self.masks = [[*terms, mask] for terms, mask in zip(self.masks, masks, strict=True)]
-
-    def _at_pairs(self, x):
-        """A table `(b|1, h|1, n, m)` at each tile's pairs of positions."""
-        rows = self.queries.pick(rearrange(x, "b h n m -> b n h m"))
-        rows = self.layout.split_queries(rows)
-        return [
-            ops.take_along_axis(tile, k_pos[None, None], axis=-1)
-            for tile, (_, k_pos) in zip(rows, self._positions, strict=True)
-        ]
-
-    @property
-    def answer_all(self):
-        """Whether every query certainly has a key: its own."""
-        n, m = self.queries.size, self.keys.size
-        known = isinstance(n, int) and isinstance(m, int)
-        if self.is_restricted or self.shifted or not known or n > m:
-            return False
-        return answers_all(self.part.pattern) is True
-
-
-def _as_it_is(mask):
-    return mask
-
-
-def _as_rows(positions):
-    return rearrange(positions, "n -> 1 n 1 1")
-
-
-def _evaluate(pattern, q_pos, k_pos):
-    """The predicate's answer as a bool tensor of the rank of the positions, checked."""
-    answer = ops.convert_to_tensor(pattern(q_pos, k_pos))
-    rank = len(q_pos.shape)
-    answer = answer[(None,) * (rank - len(answer.shape))]
-    sizes = [{1, a, b} for a, b in zip(q_pos.shape, k_pos.shape, strict=True)]
-    shape = tuple(None if None in size else tuple(sorted(size)) for size in sizes)
-    return check_tensor(f"{pattern!r}(q_pos, k_pos)", answer, "bool", shape)
 
 
 @unconverted
@@ -425,46 +321,59 @@ def attention_weights(
     key_mask=None,
     segment_ids=None,
     attention_mask=None,
+    score_mod=None,
     scale=None,
 ):
     """The softmax weights themselves, `(b, h, n, m)`: to look at, since they are n * m.
 
     Args are those of `sparse_attention`. A row with no allowed key is all 0.
     """
-    query, key, _, n, m = _check_tensors(query, key, key)
+    query, key, _ = _check_tensors(query, key, key)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, None)
     query_mask, key_mask, attention_mask, _ = masks
     check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
     query = query * _scale(query, scale)
-    segment_ids = _check_segments(segment_ids, query, key)
-    if isinstance(pattern, PerHead):
-        groups = pattern.groups(query.shape[2])
-        heads = list(groups.values())
-        axes = ((query, 2), (key, 2), (attention_mask, 1))
-        shares = [share_out(x, heads, axis) for x, axis in axes]
-        options = {"query_mask": query_mask, "key_mask": key_mask, "segment_ids": segment_ids}
-        found = [
-            attention_weights(q, k, each, attention_mask=mask, scale=1.0, **options)
-            for each, q, k, mask in zip(groups, *shares, strict=True)
-        ]
-        return bring_together(found, heads, axis=1)
-    part = Part.of(Band(), pattern, None, None)  # one tile, of all pairs
-    dense = part.layout
-    tiles = _Tiles(
-        part,
-        dense,
-        Chosen(None, n),
-        Chosen(None, m),
+    heads = query.shape[2]
+    given = Given(
+        tuple(range(heads)),
+        heads // key.shape[2],
         key_mask=key_mask,
-        segment_ids=segment_ids,
+        segment_ids=_check_segments(segment_ids, query, key),
         attention_mask=attention_mask,
+        mods=read_mods(score_mod, heads),
     )
-    (q,), (k,) = dense.split_queries(query), dense.split_keys(key, n)
-    scores = einsum(q, k, "b h t i d, b h t j d -> b h t i j")
+    groups = head_groups(pattern, given)
+    found = []
+    for (each, *_), (q, k, _, share) in zip(
+        groups, _share_out(query, key, key, given, groups), strict=True
+    ):
+        found.append(_dense_weights(q, k, share, each))
+    weights = bring_together(found, [numbers for _, numbers, _ in groups], axis=1)
+    return rearrange(
+        zero_masked(rearrange(weights, "b h i j -> b i h j"), query_mask), "b i h j -> b h i j"
+    )
+
+
+def _dense_weights(query, key, given, pattern):
+    """The weights of heads that have one pattern, as one tile of all pairs."""
+    n, m = ops.shape(query)[1], ops.shape(key)[1]
+    part = Part.of(Band(), pattern, None, None)
+    tiles = Tiles(part, part.layout, Chosen(None, n), Chosen(None, m), given)
+    (q,), (k,) = part.layout.split_queries(query), part.layout.split_keys(key, n)
+    q = rearrange(q, "b (g r) t i d -> b g t i r d", r=given.repeats)
+    scores = einsum(q, k, "b g t i r d, b g t j d -> b g t i r j")
+    if given.repeats == 1:
+        scores = rearrange(scores, "b g t i 1 j -> b g t i j")
+    if given.mods:
+        (positions,) = tiles.positions_for(given.mods)
+        scores = ops.cast(scores, wide(scores.dtype))
+        scores = apply_mods(given.mods, scores, positions, [mod.tensors for mod in given.mods])
     mask = allowed_by(tiles.masks[0]) if tiles.masks[0] else None
-    weights = rearrange(masked_softmax(scores, mask), "b h 1 i j -> b i h j")
-    return rearrange(zero_masked(weights, query_mask), "b i h j -> b h i j")
+    weights = ops.cast(masked_softmax(scores, mask), query.dtype)
+    if given.repeats == 1:
+        return rearrange(weights, "b g 1 i j -> b g i j")
+    return rearrange(weights, "b g 1 i r j -> b (g r) i j")
 
 
 def _scale(query, scale):
@@ -488,14 +397,15 @@ def _check_tensors(query, key, value):
         raise ValueError(
             f"`query` must have {requirement}. Received: query.shape={tuple(query.shape)}"
         )
-    check_tensor("key", key, "float", (b, None, h, d))
-    check_tensor("value", value, "float", (b, key.shape[1], h, None))
+    groups = tuple(size for size in range(1, h + 1) if h % size == 0)
+    check_tensor("key", key, "float", (b, None, groups, d))
+    check_tensor("value", value, "float", (b, key.shape[1], key.shape[2], None))
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             dtypes = [keras.backend.standardize_dtype(y.dtype) for y in (query, x)]
             requirement = f"of the dtype of `query`, {dtypes[0]}"
             raise TypeError(f"`{name}` must be {requirement}. Received: {name}.dtype={dtypes[1]}")
-    return query, key, value, ops.shape(query)[1], ops.shape(key)[1]
+    return query, key, value
 
 
 def _to_tensor(name, x):

@@ -31,7 +31,7 @@ Every layout has
 The layout of a run has, beside these,
 
 - `of_chunk(chunk)`: the layout of one of its chunks;
-- `tile(x, chunk, count)`: a chunk's share of tiles `(b, h, t|1, i|1, j)` of
+- `tile(x, chunk, count)`: a chunk's share of tiles `(b, h, t|1, i|1, ...)` of
   all `count` chunks.
 
 Lengths may be unknown (`None`): then all sizes follow from the tensors.
@@ -160,7 +160,7 @@ class Run:
         return chunks[:, 0] if chunks.shape[1] == 1 else ops.sum(chunks, axis=1)
 
     def tile(self, x, chunk):
-        """A chunk's share of tiles `(b, h, t|1, i|1, j)` of all chunks."""
+        """A chunk's share of tiles `(b, h, t|1, i|1, ...)` of all chunks."""
         return x if self.count == 1 else self.layout.tile(x, chunk, self.count)
 
 
@@ -229,10 +229,10 @@ class Halo:
     def tile(self, x, chunk, count):
         if x.shape[2] == 1:
             return x
-        x = rearrange(x, "b h (r t) i j -> b h r t i j", r=self.rate)
+        x = rearrange(x, "b h (r t) i ... -> b h r t i ...", r=self.rate)
         blocks = x.shape[3] // count
         x = take(x, chunk * blocks, blocks, axis=3)
-        return rearrange(x, "b h r t i j -> b h (r t) i j")
+        return rearrange(x, "b h r t i ... -> b h (r t) i ...")
 
     @property
     def pads_keys(self):
@@ -503,10 +503,10 @@ class Nested:
 
     def tile(self, x, chunk, count):
         u = 1 if x.shape[2] == 1 else self.inner.tiles
-        k, j = 1 if x.shape[3] == 1 else self.inner.tile_shape[0], x.shape[4]
-        x = rearrange(x, "b h (t u) (i k) j -> b h t i (u k j)", u=u, k=k)
+        k = 1 if x.shape[3] == 1 else self.inner.tile_shape[0]
+        x = rearrange(x, "b h (t u) (i k) ... -> b h t i u k ...", u=u, k=k)
         x = self.outer.tile(x, chunk, count)
-        return rearrange(x, "b h t i (u k j) -> b h (t u) (i k) j", u=u, k=k, j=j)
+        return rearrange(x, "b h t i u k ... -> b h (t u) (i k) ...")
 
     step = 1
 

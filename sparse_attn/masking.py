@@ -5,7 +5,10 @@ every float type: a masked score is `LOWEST` in float32 or wider, and a row
 without any allowed key comes out as zeros, not as a mean or a NaN.
 """
 
+from functools import partial
+
 import keras
+from einops import rearrange
 from keras import ops
 
 from sparse_attn.checks import check_int, check_tensor
@@ -109,18 +112,27 @@ def masked_softmax(scores, mask=None, axis=-1):
     scores = ops.convert_to_tensor(scores)
     dtype = scores.dtype
     scores = ops.cast(scores, wide(dtype))
+    normalise = softmax if axis in (-1, len(scores.shape) - 1) else partial(ops.softmax, axis=axis)
     if mask is None:
-        return ops.cast(ops.softmax(scores, axis=axis), dtype)
+        return ops.cast(normalise(scores), dtype)
     mask = check_mask("mask", mask)
     # What stood in a masked entry must not matter, be it NaN.
     scores = ops.where(mask, scores, ops.full((), LOWEST, scores.dtype))
-    weights = ops.where(mask, ops.softmax(scores, axis=axis), ops.zeros((), scores.dtype))
+    weights = ops.where(mask, normalise(scores), ops.zeros((), scores.dtype))
     return ops.cast(weights, dtype)
 
 
 def softmax(scores):
-    """Softmax over the last axis. Keras warns if that has one entry, which here may be right."""
-    return ops.ones_like(scores) if scores.shape[-1] == 1 else ops.softmax(scores, axis=-1)
+    """Softmax over the last axis, of any number of axes; TensorFlow's has at most 5.
+
+    Keras warns if the last has one entry, which here may be right.
+    """
+    if scores.shape[-1] == 1:
+        return ops.ones_like(scores)
+    if len(scores.shape) <= 5:
+        return ops.softmax(scores, axis=-1)
+    found = ops.softmax(rearrange(scores, "b h t ... j -> b h t (...) j"), axis=-1)
+    return ops.reshape(found, ops.shape(scores))
 
 
 def wide(dtype):

@@ -18,6 +18,7 @@ def dense_attention(
     segment_ids=None,
     attention_mask=None,
     bias=None,
+    score_mod=None,
     scale=None,
     query_positions=None,
     out_grad=None,
@@ -30,14 +31,17 @@ def dense_attention(
 
     Args:
         query: `(b, n, h, d)` array.
-        key: `(b, m, h, d)` array.
-        value: `(b, m, h, e)` array.
+        key: `(b, m, g, d)` array; each of its heads serves `h / g` heads of queries.
+        value: `(b, m, g, e)` array.
         pattern: a `Pattern`, or any predicate `(q_pos, k_pos) -> bool`.
         query_mask: `(b, n)` bools, True = valid, or `None`.
         key_mask: `(b, m)` bools, True = valid, or `None`.
         segment_ids: `(b, n)` ints, or a pair of them for queries and keys, or `None`.
         attention_mask: bools that broadcast to `(b, h, n, m)`, or `(b, n, m)`, or `None`.
         bias: numbers of the same shapes, added to the scaled scores, or `None`.
+        score_mod: a numpy function `(scores, q_pos, k_pos, head)` that is applied to
+            the scaled scores, each by itself, before the bias; or `None`. Its
+            derivative is taken from central differences.
         scale: a number, `d ** -0.5` by default.
         query_positions: an int, the first query's position, or `(n,)` ints.
         out_grad: `(b, n, h, e)`, the gradient of a loss by `out`, or `None`.
@@ -53,6 +57,8 @@ def dense_attention(
     b, n, h, d = q.shape
     m = k.shape[1]
     scale = d**-0.5 if scale is None else scale
+    repeats = h // k.shape[2]
+    k, v = np.repeat(k, repeats, axis=2), np.repeat(v, repeats, axis=2)
 
     q_pos = np.arange(n)
     if query_positions is not None:
@@ -74,6 +80,12 @@ def dense_attention(
     v = np.where(valid_key[:, :, None, None], v, 0)
 
     scores = scale * np.einsum("bihd,bjhd->bhij", q, k)
+    slope = 1.0
+    if score_mod is not None:
+        where = (q_pos[:, None], np.arange(m), np.arange(h)[:, None, None])
+        step = 1e-5
+        slope = score_mod(scores + step, *where) - score_mod(scores - step, *where)
+        slope, scores = slope / (2 * step), score_mod(scores, *where)
     if bias is not None:
         scores = scores + _heads(bias)
     scores = np.where(allowed, scores, -np.inf)
@@ -93,10 +105,11 @@ def dense_attention(
     by_weight = np.einsum("bihe,bjhe->bhij", g, v)
     mean = (weights * by_weight).sum(axis=-1, keepdims=True)
     by_score = weights * (by_weight - mean + np.moveaxis(l_grad, 1, 2)[..., None])
+    by_product = scale * slope * by_score
     gradients = {
-        "query": scale * np.einsum("bhij,bjhd->bihd", by_score, k),
-        "key": scale * np.einsum("bhij,bihd->bjhd", by_score, q),
-        "value": np.einsum("bhij,bihe->bjhe", weights, g),
+        "query": np.einsum("bhij,bjhd->bihd", by_product, k),
+        "key": _sum_heads(np.einsum("bhij,bihd->bjhd", by_product, q), repeats),
+        "value": _sum_heads(np.einsum("bhij,bihe->bjhe", weights, g), repeats),
     }
     gradients["query"] *= valid_query[:, :, None, None]
     gradients["key"] *= valid_key[:, :, None, None]
@@ -106,6 +119,12 @@ def dense_attention(
         axes = tuple(axis for axis in range(4) if full.shape[axis] == 1)
         gradients["bias"] = by_score.sum(axis=axes, keepdims=True).reshape(np.shape(bias))
     return out, lse, gradients
+
+
+def _sum_heads(x, repeats):
+    """The gradients by repeated heads, `(b, m, h, d)`, added up: `(b, m, g, d)`."""
+    b, m, h, d = x.shape
+    return x.reshape(b, m, h // repeats, repeats, d).sum(axis=3)
 
 
 def _heads(x):

@@ -15,20 +15,23 @@ import operator
 from collections import deque
 from dataclasses import dataclass
 from functools import partial, reduce
+from typing import NamedTuple
 
 import keras
 from einops import rearrange
 from keras import ops
 
-from sparse_attn.attend import average, gradients, log_sum_exp, weigh
+from sparse_attn.attend import average, log_sum_exp, score, score_gradients, weight_gradients
 from sparse_attn.layouts import Run, crop, sum_rows, take
-from sparse_attn.masking import additive_mask, wide, zero_masked
+from sparse_attn.masking import MASKED, additive_mask, at_least_lowest, softmax, wide, zero_masked
+from sparse_attn.scores import add_biases, apply_mods, is_differentiable, only_add
 from sparse_attn.tracing import (
     AT_ONCE,
     after,
     fold_range,
     map_range,
     may_differentiate,
+    pull_back,
     unconverted,
     unlinked,
 )
@@ -44,7 +47,7 @@ class Schedule:
 
     Args:
         layout: a layout, cut into runs of chunks.
-        heads: the heads of a piece, a divisor of the number of heads.
+        heads: the heads of keys of a piece, a divisor of their number.
         streamed: whether the pieces run in a loop, one row of the batch each,
             and are worked out again in the backward pass; otherwise they stand
             in the graph one by one and keep their weights.
@@ -65,19 +68,20 @@ def score_bytes(pairs, batch, heads, dtype):
     return batch * heads * pairs * (8 if wide(dtype) == "float64" else 4)
 
 
-def schedule(layout, batch, heads, dim, dtype, streamed=False):
+def schedule(layout, batch, heads, dim, dtype, streamed=False, repeats=1):
     """A `Schedule` in pieces of about `PIECE_BYTES`, for a layout of known lengths.
 
     Args:
         layout: a layout.
         batch: int, or `None` while it is unknown.
-        heads: int.
+        heads: int, those of keys.
         dim: features of a key or a value, whichever has more of them.
         dtype: that of the queries.
         streamed: whether the pieces run in a loop.
+        repeats: how many heads of queries share a head of keys.
     """
     # What is largest in a piece: its scores, or the copies of its keys.
-    pair = score_bytes(1, 1 if streamed else batch, 1, dtype) * max(1, layout.copies * dim)
+    pair = score_bytes(1, 1 if streamed else batch, 1, dtype) * max(repeats, layout.copies * dim)
     pair = max(1, int(pair))  # 0 if the batch is empty
     # To cut costs copies where chunks meet: a single head may take twice as much.
     layout = layout.cut(max(1, 2 * PIECE_BYTES // pair))
@@ -99,6 +103,21 @@ def allowed_by(masks, share=lambda tensor: tensor):
     return reduce(operator.and_, [mask.function(*map(share, mask.tensors)) for mask in masks])
 
 
+@dataclass(frozen=True)
+class Mods:
+    """What is done to the scores of tiles.
+
+    Args:
+        mods: a tuple of `ScoreMod`.
+        positions: for each run `(q_pos, k_pos, head)`, which broadcast to its tiles.
+        tensors: for each mod its tensors.
+    """
+
+    mods: tuple
+    positions: list
+    tensors: list
+
+
 def attend_tiles(
     schedule,
     query,
@@ -106,7 +125,9 @@ def attend_tiles(
     value,
     masks,
     bias=(),
+    mods=None,
     *,
+    repeats=1,
     dropout=0.0,
     seeds=None,
     return_lse=False,
@@ -114,40 +135,52 @@ def attend_tiles(
 ):
     """Attention over the tiles of a layout.
 
+    Scores lie in tiles `(b, h, t, i, j)`, or `(b, h, t, i, r, j)` where each
+    head of keys serves `r` heads of queries; `h` is that of the keys.
+
     Args:
         schedule: a `Schedule`. With a bias, one of whole runs that is not streamed.
-        query: `(b, n, h, d)`, already scaled and finite.
+        query: `(b, n, h, (r d))`, already scaled and finite.
         key: `(b, m, h, d)`, finite.
         value: `(b, m, h, e)`, finite.
         masks: for each run, a list of `Mask`; a pair is allowed if all of them say so.
-        bias: for each run, float tiles that broadcast to `(b, h, t, i, j)`; or nothing at all.
+        bias: for each run, float tiles that broadcast to the scores; or nothing at all.
+        mods: `Mods`, or `None`.
+        repeats: `r`.
         dropout: the share of weights to drop.
         seeds: `(num_pieces, 2)` ints, for dropout.
         return_lse: whether `lse` is wanted.
         zero_unanswered: whether a query with no allowed key must get 0.
 
     Returns:
-        `(out, lse)` of shapes `(b, n, h, e)` and `(b, n, h, 1)`. Where no key
+        `(out, lse)` of shapes `(b, n, h, (r e))` and `(b, n, h, r)`. Where no key
         is allowed, `out` is 0 or any finite number and `lse` below `MASKED`.
         `lse` is float32 or wider, before dropout, and `None` unless it was wanted.
     """
-    seeds = [] if seeds is None else [seeds]
-    tensors = [*bias, *seeds, *[x for terms in masks for mask in terms for x in mask.tensors]]
-    keep = not schedule.streamed and may_differentiate([query, key, value, *bias])
+    differentiable = [query, key, value, *bias, *(_flat(mods.tensors) if mods else [])]
+    inputs = [*differentiable, *([] if seeds is None else [seeds])]
+    inputs += [x for terms in masks for mask in terms for x in mask.tensors]
+    inputs += _flat(mods.positions) if mods else []
+    num_inputs = len(inputs)
+    # Of a plain function it is not known what it needs a gradient for.
+    written_out = mods is None or is_differentiable(mods.mods)
+    keep = written_out and not schedule.streamed and may_differentiate(differentiable)
 
     def pieces(inputs, keep):
         # All tensors are arguments: JAX cannot recompute a function that closes over one.
         inputs = iter(inputs)
         qkv = [next(inputs) for _ in range(3)]
         given_bias = [next(inputs) for _ in bias]
-        given_seeds = next(inputs) if seeds else None
+        tensors = _like(mods.tensors, inputs) if mods else []
+        given_seeds = None if seeds is None else next(inputs)
         given_masks = [
             [Mask(mask.function, tuple(next(inputs) for _ in mask.tensors)) for mask in terms]
             for terms in masks
         ]
-        options = {"seeds": given_seeds, "dropout": dropout, "keep": keep}
+        given_mods = Mods(mods.mods, _like(mods.positions, inputs), tensors) if mods else None
+        options = {"seeds": given_seeds, "dropout": dropout, "keep": keep, "repeats": repeats}
         options |= {"return_lse": return_lse, "zero_unanswered": zero_unanswered}
-        return _Pieces(schedule, qkv, given_masks, given_bias, **options)
+        return _Pieces(schedule, qkv, given_masks, given_bias, given_mods, **options)
 
     @ops.custom_gradient
     def core(*inputs):
@@ -166,12 +199,22 @@ def attend_tiles(
             else:  # a second time, or to be differentiated itself: then from the inputs
                 again = pieces(given, keep)
                 found = again.backward(again.forward(), upstream)
-            return *found, *[None] * (3 + len(tensors) - len(found))
+            return *found, *[None] * (num_inputs - len(found))
 
         return packed, grad
 
-    out, lse = _unpack(core(query, key, value, *tensors), return_lse)
+    packed = core(*inputs) if written_out else pieces(inputs, keep).forward()
+    out, lse = _unpack(packed, repeats, return_lse)
     return ops.cast(out, query.dtype), lse
+
+
+def _flat(lists):
+    return [x for each in lists for x in each]
+
+
+def _like(lists, tensors):
+    """The next of some tensors, in lists as long as these."""
+    return [tuple(next(tensors) for _ in each) for each in lists]
 
 
 def _pack(out, lse):
@@ -179,8 +222,13 @@ def _pack(out, lse):
     return out if lse is None else ops.concatenate([ops.cast(out, lse.dtype), lse], axis=-1)
 
 
-def _unpack(packed, has_lse):
-    return ops.split(packed, [packed.shape[-1] - 1], axis=-1) if has_lse else (packed, None)
+def _unpack(packed, repeats, has_lse):
+    """Of `(b, n, h, (r c))`, what was packed: `(b, n, h, (r e))` and `(b, n, h, r)` or `None`."""
+    if not has_lse:
+        return packed, None
+    packed = rearrange(packed, "b n h (r c) -> b n h r c", r=repeats)
+    out, lse = ops.split(packed, [packed.shape[-1] - 1], axis=-1)
+    return rearrange(out, "b n h r e -> b n h (r e)"), rearrange(lse, "b n h r 1 -> b n h r")
 
 
 @dataclass(frozen=True)
@@ -205,6 +253,20 @@ class _Piece:
     @property
     def layout(self):
         return self.run.layout.of_chunk(self.chunk)
+
+
+class _Found(NamedTuple):
+    """What comes of a piece, or of some: lists of tensors.
+
+    Args:
+        queries: the one tensor `(b, i, h, d)` of its queries.
+        keys: tensors `(b, j, h, d)` of its keys, any number of them.
+        sums: tensors that are added up over all pieces, any number of them.
+    """
+
+    queries: list
+    keys: list
+    sums: list
 
 
 class _Cut:
@@ -258,7 +320,7 @@ class _Cut:
         return piece.layout.sum_keys([tile], run.queries or self.n, run.keys or self.m)
 
     def tile(self, piece, x):
-        """The piece's share of tiles `(b|1, h|1, t|1, i|1, j)` that lie at all pieces."""
+        """The piece's share of tiles `(b|1, h|1, t|1, i|1, ...)` that lie at all pieces."""
         if piece.row is not None and x.shape[0] != 1:
             x = take(x, piece.row, 1, axis=0)
         if self.groups > 1 and x.shape[1] != 1:
@@ -289,80 +351,99 @@ class _Cut:
         """Apply `body` to every piece.
 
         Args:
-            body: a function of a `_Piece`. It returns tensors `(b, i, h, d)`:
-                one of the piece's queries, and any number of its keys.
+            body: a function of a `_Piece`. It returns `_Found`.
 
         Returns:
-            Tensors `(b, n, h, d)` of the queries, and `(b, m, h, d)` of the keys.
+            `_Found` for all of them: `(b, n, h, d)` of the queries, `(b, m, h, d)`
+            of the keys.
         """
         latest = deque([[]] * AT_ONCE, maxlen=AT_ONCE)
         before, found = 0, []
         for index, run in enumerate(self.runs):
             if self.streamed:
-                with after(found[-1] if found else []):
+                with after(_flat(found[-1]) if found else []):
                     found.append(self._stream(body, index, before))
             else:
                 found.append(self._unroll(body, index, before, latest))
             before += run.count * self.groups * (self.batch if self.streamed else 1)
-        queries, *keys = zip(*found, strict=True)
-        rows = [rearrange(x, "b c i h d -> b (c i) h d") for x in queries]
-        return [crop(_join(rows, axis=1), 0, self.n), *[self._sum(x) for x in keys]]
+        rows = [rearrange(x.queries[0], "b c i h d -> b (c i) h d") for x in found]
+        keys = zip(*(x.keys for x in found), strict=True)
+        sums = []
+        for x in found:
+            sums = _add(sums, x.sums)
+        queries = crop(_join(rows, axis=1), 0, self.n)
+        return _Found([queries], [self._sum(x) for x in keys], sums)
 
     def _unroll(self, body, index, before, latest):
-        """The pieces of a run one by one: tensors `(b, c, i, h, d)`."""
+        """The pieces of a run one by one: `_Found` of tensors `(b, c, i, h, d)`."""
         run = self.runs[index]
-        rows, keys, sums = [], [], []
+        rows, keys, key_sums, sums = [], [], [], []
         for chunk in range(run.count):
             found = []
             for group in range(self.groups):
                 number = before + chunk * self.groups + group
                 with after(latest[0]):
                     found.append(body(_Piece(run, index, None, chunk, group, number)))
-                latest.append(found[-1])
-            of_queries, *of_keys = [_join(x, axis=2) for x in zip(*found, strict=True)]
+                latest.append(_flat(found[-1]))
+                sums = _add(sums, found[-1].sums)
+            (of_queries,) = _join_each([x.queries for x in found], axis=2)
+            of_keys = _join_each([x.keys for x in found], axis=2)
             rows.append(of_queries)
             if run.count > 1 and run.shares_keys:
-                sums = _add(sums, of_keys)
+                key_sums = _add(key_sums, of_keys)
             else:
                 keys.append(of_keys)
-        found = [ops.stack(x, axis=1) for x in (rows, *zip(*keys, strict=True))]
-        return found + [ops.cast(x, rows[0].dtype)[:, None] for x in sums]
+        keys = [ops.stack(x, axis=1) for x in zip(*keys, strict=True)]
+        keys += [ops.cast(x, rows[0].dtype)[:, None] for x in key_sums]
+        return _Found([ops.stack(rows, axis=1)], keys, sums)
 
     def _stream(self, body, index, before):
-        """The pieces of a run in a loop: tensors `(b, c, i, h, d)`."""
+        """The pieces of a run in a loop: `_Found` of tensors `(b, c, i, h, d)`."""
         run, groups = self.runs[index], self.groups
+        sizes = {"c": run.count, "g": groups}
+        shape = []  # how many tensors of each kind there are, once it is known
 
         def at(row, chunk, group):
             number = before + (row * run.count + chunk) * groups + group
-            return body(_Piece(run, index, row, chunk, group, number))
+            found = body(_Piece(run, index, row, chunk, group, number))
+            shape[:] = [len(kind) for kind in found]
+            return found
 
         @unconverted
         def piece(x):
-            return at(x // (groups * run.count), x // groups % run.count, x % groups)
+            return _flat(at(x // (groups * run.count), x // groups % run.count, x % groups))
 
         @unconverted
         def chunks(x):
             """The chunks of a row and a group, one after the other: their keys are added up."""
 
             def add(chunk, so_far):
-                queries, *keys = at(x // groups, chunk, x % groups)
-                rows, *sums = so_far
+                (queries,), keys, sums = at(x // groups, chunk, x % groups)
+                rows, *totals = so_far
                 rows = ops.slice_update(rows, (0, chunk * run.queries, 0, 0), queries)
-                return [rows, *_add(sums, keys)]
+                return [rows, *_add(totals, [*keys, *sums])]
 
-            queries, *keys = at(x // groups, 0, x % groups)
+            (queries,), keys, sums = at(x // groups, 0, x % groups)
             rows = crop(queries, 0, run.count * run.queries)
-            first = [rows, *_add([], keys)]
-            rows, *sums = fold_range(unconverted(add), run.count, first)
-            return [rows, *[ops.cast(total, rows.dtype) for total in sums]]
+            first = [rows, *_add([], [*keys, *sums])]
+            rows, *totals = fold_range(unconverted(add), run.count, first)
+            of_keys, sums = totals[: len(keys)], totals[len(keys) :]
+            return [rows, *[ops.cast(total, rows.dtype) for total in of_keys], *sums]
 
-        sizes = {"c": run.count, "g": groups}
-        if run.count == 1 or not run.shares_keys:
-            found = map_range(piece, self.batch * run.count * groups)
-            return [rearrange(x, "(b c g) 1 i h d -> b c i (g h) d", **sizes) for x in found]
-        rows, *sums = map_range(chunks, self.batch * groups)
-        rows = rearrange(rows, "(b g) 1 (c i) h d -> b c i (g h) d", **sizes)
-        return [rows, *[rearrange(x, "(b g) 1 j h d -> b 1 j (g h) d", g=groups) for x in sums]]
+        folded = run.count > 1 and run.shares_keys
+        count = self.batch * groups * (1 if folded else run.count)
+        found = map_range(chunks if folded else piece, count)
+        of_queries, *of_keys = found[: 1 + shape[1]]
+        sums = [ops.sum(ops.cast(x, wide(x.dtype)), axis=0) for x in found[1 + shape[1] :]]
+        if folded:
+            queries = rearrange(of_queries, "(b g) 1 (c i) h d -> b c i (g h) d", **sizes)
+            keys = [rearrange(x, "(b g) 1 j h d -> b 1 j (g h) d", g=groups) for x in of_keys]
+            return _Found([queries], keys, sums)
+        queries, *keys = [
+            rearrange(x, "(b c g) 1 i h d -> b c i (g h) d", **sizes)
+            for x in (of_queries, *of_keys)
+        ]
+        return _Found([queries], keys, sums)
 
     def _sum(self, runs):
         if len(runs) == 1:
@@ -375,22 +456,35 @@ class _Pieces:
     """The forward and the backward pass over all pieces."""
 
     def __init__(
-        self, schedule, tensors, masks, bias, *, seeds, dropout, keep, return_lse, zero_unanswered
+        self,
+        schedule,
+        tensors,
+        masks,
+        bias,
+        mods,
+        *,
+        repeats,
+        seeds,
+        dropout,
+        keep,
+        return_lse,
+        zero_unanswered,
     ):
         query, key, value = tensors
-        self.cut = _Cut(schedule, query, key)
+        self.cut, self.repeats = _Cut(schedule, query, key), repeats
         self.masks, self.bias, self.seeds, self.dropout = masks, bias, seeds, dropout
+        self.mods = mods
         self.return_lse, self.zero_unanswered = return_lse, zero_unanswered
         self.dtype = self.score_dtype = keras.backend.standardize_dtype(query.dtype)
         # A mask adds 0 or `LOWEST`, which bfloat16 has; and all softmaxes sum it up in float32.
-        if self.dtype != "bfloat16" or return_lse or bias:
+        if self.dtype != "bfloat16" or return_lse or bias or mods:
             self.score_dtype = wide(self.dtype)
         self.query = self.cut.query_rows(query)
         self.key, self.value = self.cut.key_rows(key), self.cut.key_rows(value)
         self.keep, self.kept, self.tables = keep, {}, {}
 
     def forward(self):
-        (packed,) = self.cut.each(self._forward)
+        (packed,), *_ = self.cut.each(self._forward)
         self.tables.clear()
         return packed
 
@@ -400,15 +494,17 @@ class _Pieces:
         if self.keep:
             self.kept[piece.number] = weighed
         weights, drop, answered = weighed
-        out = zero_masked(average(drop(weights), value), answered)
-        return (self.cut.from_queries(piece, _pack(out, lse)),)
+        out = self._spread(average(drop(weights), value))
+        packed = _pack(zero_masked(out, answered), lse)
+        return _Found([self.cut.from_queries(piece, self._joined(packed))], [], [])
 
     def backward(self, packed, d_packed):
-        """The gradients by query, key, value and each bias."""
-        out, _ = _unpack(packed, self.return_lse)
-        d_out, d_lse = _unpack(d_packed, self.return_lse)
+        """The gradients by query, key, value, each bias and each tensor of the mods."""
+        out, _ = _unpack(packed, self.repeats, self.return_lse)
+        d_out, d_lse = _unpack(d_packed, self.repeats, self.return_lse)
         out, d_wide = (ops.cast(x, wide(self.dtype)) for x in (out, d_out))
-        delta = ops.sum(out * d_wide, axis=-1, keepdims=True)
+        products = rearrange(out * d_wide, "b n h (r e) -> b n h r e", r=self.repeats)
+        delta = ops.sum(products, axis=-1)
         delta = delta if d_lse is None else delta - d_lse
         d_bias = []
         body = partial(
@@ -417,7 +513,10 @@ class _Pieces:
             delta=self.cut.query_rows(delta),
             d_bias=d_bias,
         )
-        return *self.cut.each(body), *d_bias
+        (d_query,), d_keys, d_tensors = self.cut.each(body)
+        tensors = _flat(self.mods.tensors) if self.mods else []
+        d_tensors = [ops.cast(d, x.dtype) for d, x in zip(d_tensors, tensors, strict=True)]
+        return d_query, *d_keys, *d_bias, *d_tensors
 
     def _backward(self, piece, d_out, delta, d_bias):
         query, key, value = self._tiles(piece)
@@ -425,18 +524,45 @@ class _Pieces:
             weights, drop, answered = self.kept[piece.number]
         else:
             (weights, drop, answered), _ = self._weigh(piece, query, key)
-        d_out, delta = (self.cut.queries(piece, x) for x in (d_out, delta))
-        d_query, d_key, d_value, d_scores = gradients(
-            query, key, value, weights, drop, zero_masked(d_out, answered), delta
-        )
+        d_out, delta = (self._rows(self.cut.queries(piece, x)) for x in (d_out, delta))
+        if answered is not None:
+            d_out = self._flat(zero_masked(self._spread(d_out), answered))
+        d_value, d_scores = weight_gradients(value, weights, drop, d_out, delta)
         if self.bias:  # it comes with pieces of whole runs
-            d_bias.append(_sum_to(d_scores, self.bias[piece.run_index]))
-        d_keys = (self.cut.from_keys(piece, x) for x in (d_key, d_value))
-        return self.cut.from_queries(piece, d_query), *d_keys
+            d_bias.append(_sum_to(self._spread(d_scores), self.bias[piece.run_index]))
+        d_scores, d_tensors = self._through_mods(piece, query, key, d_scores)
+        d_query, d_key = score_gradients(query, key, d_scores)
+        d_query = self._joined(self._spread(d_query))
+        return _Found(
+            [self.cut.from_queries(piece, d_query)],
+            [self.cut.from_keys(piece, x) for x in (d_key, d_value)],
+            d_tensors,
+        )
 
     def _tiles(self, piece):
         keys = (self.cut.keys(piece, x) for x in (self.key, self.value))
-        return self.cut.queries(piece, self.query), *keys
+        return self._rows(self.cut.queries(piece, self.query)), *keys
+
+    # Heads of queries that share keys are features of one head outside of the tiles, more rows
+    # in products with keys, and an axis of their own where masks are added: no copy lies between.
+
+    def _rows(self, x):
+        if self.repeats == 1:
+            return x
+        return rearrange(x, "b h t i (r d) -> b h t (i r) d", r=self.repeats)
+
+    def _spread(self, x):
+        if self.repeats == 1:
+            return x
+        return rearrange(x, "b h t (i r) d -> b h t i r d", r=self.repeats)
+
+    def _flat(self, x):
+        return x if self.repeats == 1 else rearrange(x, "b h t i r d -> b h t (i r) d")
+
+    def _joined(self, x):
+        return x if self.repeats == 1 else rearrange(x, "b h t i r d -> b h t i (r d)")
+
+    # ---- Scores and weights ----
 
     def _weigh(self, piece, query, key, return_lse=False):
         """The softmax weights of a piece and what is told of them.
@@ -447,11 +573,47 @@ class _Pieces:
             where that does not matter.
         """
         mask, answered = self._mask(piece)
-        bias = [self.bias[piece.run_index]] if self.bias else []
-        scores, weights = weigh(query, key, bias + mask, self.score_dtype)
+        tables = [self.bias[piece.run_index]] if self.bias else []
+        scores = self._spread(score(query, key, self.score_dtype))
+        if self.mods and only_add(self.mods.mods):
+            tables.append(add_biases(self.mods.mods, self.score_dtype, *self._at(piece)))
+        elif self.mods:
+            scores = at_least_lowest(apply_mods(self.mods.mods, scores, *self._at(piece)))
+        for table in tables + mask:
+            scores = scores + table
+        weights = softmax(scores)
         lse = log_sum_exp(scores, weights)[..., None] if return_lse else None
-        weights = ops.cast(weights, self.dtype)
+        if self.zero_unanswered and self.mods and not only_add(self.mods.mods):
+            answered = ops.any(scores > MASKED, axis=-1, keepdims=True)
+        weights = self._flat(ops.cast(weights, self.dtype))
         return (weights, self._drop(piece, ops.shape(weights)), answered), lse
+
+    def _at(self, piece):
+        """The positions of a piece, and the tensors of the mods."""
+        positions = self.mods.positions[piece.run_index]
+        return tuple(self.cut.tile(piece, x) for x in positions), self.mods.tensors
+
+    def _through_mods(self, piece, query, key, d_scores):
+        """The gradients by the scores before the mods, and by their tensors: a list."""
+        if not self.mods:
+            return d_scores, []
+        mods, (positions, tensors) = self.mods.mods, self._at(piece)
+        flat = _flat(tensors)
+
+        def bias(*flat):
+            return add_biases(mods, self.score_dtype, positions, _like(tensors, iter(flat)))
+
+        def modify(scores, *flat):
+            return apply_mods(mods, scores, positions, _like(tensors, iter(flat)))
+
+        d_wide = ops.cast(self._spread(d_scores), self.score_dtype)
+        if not only_add(mods):
+            scores = self._spread(score(query, key, self.score_dtype))
+            d_wide, *d_tensors = pull_back(modify, [scores, *flat], d_wide)
+            return self._flat(ops.cast(d_wide, self.dtype)), d_tensors
+        if not flat:
+            return d_scores, []
+        return d_scores, pull_back(bias, flat, _sum_to(d_wide, bias(*flat)))
 
     def _mask(self, piece):
         """A list of the table that masks a piece, if any, and its `answered`."""
@@ -502,11 +664,17 @@ def _add(sums, tensors):
     return [total + ops.cast(x, total.dtype) for total, x in zip(sums, tensors, strict=True)]
 
 
+def _join_each(lists, axis):
+    return [_join(tensors, axis) for tensors in zip(*lists, strict=True)]
+
+
 def _join(tensors, axis):
     return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors, axis=axis)
 
 
 def _sum_to(x, like):
     """Sum `x` over the axes along which `like` was broadcast."""
+    missing = len(x.shape) - len(like.shape)
+    x = ops.sum(x, axis=tuple(range(missing))) if missing else x
     axes = tuple(axis for axis in range(len(x.shape)) if like.shape[axis] == 1)
     return ops.cast(ops.sum(x, axis=axes, keepdims=True) if axes else x, like.dtype)

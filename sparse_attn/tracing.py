@@ -43,6 +43,31 @@ def may_differentiate(tensors):
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def pull_back(function, tensors, upstream):
+    """The gradients of `sum(function(*tensors) * upstream)` by float tensors: a list."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            found = function(*tensors)
+        zero = tf.UnconnectedGradients.ZERO
+        return tape.gradient(found, tensors, upstream, unconnected_gradients=zero)
+    if backend == "jax":
+        import jax
+
+        return list(jax.vjp(function, *tensors)[1](upstream))
+    import torch
+
+    again = torch.is_grad_enabled()  # to be differentiated itself
+    with torch.enable_grad():
+        tensors = [x if again and x.requires_grad else x.detach().requires_grad_() for x in tensors]
+        found = function(*tensors)
+    options = {"create_graph": again, "materialize_grads": True}
+    return list(torch.autograd.grad(found, tensors, upstream, **options))
+
+
 def unlinked(tensor):
     """The same numbers, which a function's backward pass can hold without a circle.
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from sparse_attn import sparse_attention
+from sparse_attn import PerHead, sparse_attention
 from sparse_attn.reference import dense_attention
 
 BACKEND = keras.backend.backend()
@@ -58,9 +58,11 @@ def outputs_and_gradients(function, inputs, cotangents):
     return [to_numpy(out) for out in outs], [to_numpy(gradient) for gradient in gradients]
 
 
-def random_inputs(n, m, seed=0, b=2, h=2, d=4, e=3, dtype=FLOAT):
+def random_inputs(n, m, seed=0, b=2, h=2, d=4, e=3, dtype=FLOAT, g=None):
+    """Query, key and value, these of `g` heads."""
     rng = np.random.default_rng(seed)
-    shapes = ((b, n, h, d), (b, m, h, d), (b, m, h, e))
+    g = h if g is None else g
+    shapes = ((b, n, h, d), (b, m, g, d), (b, m, g, e))
     return [rng.normal(size=shape).astype(dtype) for shape in shapes]
 
 
@@ -69,18 +71,27 @@ def random_masks(n, m, seed=0, b=2, share=0.7):
     return {"query_mask": rng.random((b, n)) < share, "key_mask": rng.random((b, m)) < share}
 
 
-def assert_equals_oracle(pattern, n, m, seed=0, transform=lambda function: function, **options):
-    """Output, lse and gradients equal the oracle's, under the options given."""
-    q, k, v = random_inputs(n, m, seed)
+def assert_equals_oracle(
+    pattern, n, m, seed=0, transform=lambda function: function, h=2, g=None, **options
+):
+    """Output, lse and gradients equal the oracle's, under the options given.
+
+    Where a `score_mod` is given, so is `oracle`: what is the same of numpy, as options.
+    """
+    q, k, v = random_inputs(n, m, seed, h=h, g=g)
     rng = np.random.default_rng(seed + 200)
     bias = options.pop("bias", None)
     oracle_options = {**options, "bias": bias}
-    oracle_options.pop("max_score_bytes", None)
-    _, lse = dense_attention(q, k, v, pattern, **oracle_options)
+    for name in ("max_score_bytes", "score_mod"):
+        oracle_options.pop(name, None)
+    oracle_options |= oracle_options.pop("oracle", {})
+    options.pop("oracle", None)
+    predicate = of_heads(pattern, h) if isinstance(pattern, PerHead) else pattern
+    _, lse = dense_attention(q, k, v, predicate, **oracle_options)
     out_grad = rng.normal(size=(*q.shape[:3], v.shape[-1])).astype(FLOAT)
     lse_grad = np.where(np.isfinite(lse), rng.normal(size=lse.shape), 0).astype(FLOAT)
     out, lse, expected = dense_attention(
-        q, k, v, pattern, out_grad=out_grad, lse_grad=lse_grad, **oracle_options
+        q, k, v, predicate, out_grad=out_grad, lse_grad=lse_grad, **oracle_options
     )
     inputs = [q, k, v] if bias is None else [q, k, v, bias.astype(FLOAT)]
 
@@ -91,8 +102,20 @@ def assert_equals_oracle(pattern, n, m, seed=0, transform=lambda function: funct
     close(found[0], out, f"out of {pattern!r}")
     np.testing.assert_array_equal(found[0] == 0, out == 0, err_msg=f"zeros of {pattern!r}")
     close(found[1], lse, f"lse of {pattern!r}")
-    for name, gradient in zip(expected, gradients, strict=True):
+    for name, gradient in zip(expected, gradients, strict=False):
         close(gradient, expected[name], f"gradient of {pattern!r} by {name}")
+
+
+def of_heads(pattern, num_heads):
+    """A `PerHead` as one predicate, whose answers are `(num_heads, n, m)`."""
+    share = num_heads // len(pattern.patterns)
+    patterns = [each for each in pattern.patterns for _ in range(share)]
+
+    def predicate(q_pos, k_pos):
+        shape = np.broadcast_shapes(q_pos.shape, k_pos.shape)
+        return np.stack([np.broadcast_to(each(q_pos, k_pos), shape) for each in patterns])
+
+    return predicate
 
 
 def close(found, expected, what, dtype=FLOAT):

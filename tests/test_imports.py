@@ -18,7 +18,7 @@ ALLOWED = {
     "expressions": {"ast", "patterns", "recipes"},
     "layouts": {"functools", "itertools", "math", "dataclasses", "typing", "numpy", "einops"}
     | {"keras", "tracing"},
-    "masking": {"keras", "checks"},
+    "masking": {"functools", "keras", "einops", "checks"},
     "reference": {"numpy"},
     "bounds": {"functools", "itertools", "math", "numpy", "layouts", "patterns"},
     "blocks": {"dataclasses", "itertools", "numpy"},
@@ -30,21 +30,15 @@ ALLOWED = {
     "chosen": {"itertools", "einops", "keras", "layouts", "masking"},
     "attend": {"checks", "functools", "einops", "keras", "masking"},
     "tracing": {"contextlib", "keras"},
-    "stream": {"collections", "dataclasses", "functools", "operator", "keras", "einops"}
-    | {"attend", "layouts", "masking", "tracing"},
+    "stream": {"collections", "dataclasses", "functools", "operator", "typing", "keras"}
+    | {"einops", "attend", "layouts", "masking", "scores", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
     "show": {"argparse", "os", "pathlib", "sys", "parse_pattern", "patterns", "plan"},
-    "functional": {
-        "functools",
-        "itertools",
-        "math",
-        "keras",
-        "numpy",
-        "einops",
-        "attend",
-    }
-    | {"bounds", "checks", "chosen", "masking", "patterns", "plan", "stream", "terms"}
-    | {"tracing"},
+    "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks"},
+    "tiles": {"functools", "math", "dataclasses", "einops", "keras", "bounds", "checks"}
+    | {"masking", "patterns", "plan", "scores", "stream", "terms"},
+    "functional": {"itertools", "dataclasses", "keras", "numpy", "einops", "attend", "bounds"}
+    | {"checks", "chosen", "masking", "patterns", "plan", "scores", "stream", "tiles", "tracing"},
 }
 
 

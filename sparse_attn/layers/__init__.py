@@ -1,6 +1,6 @@
 """Attention layers: they project with Dense sublayers and call `sparse_attention`."""
 
-from sparse_attn.layers.multi_head_attention import MultiHeadAttention
+from sparse_attn.layers.multi_head_attention import GroupedQueryAttention, MultiHeadAttention
 from sparse_attn.layers.self_attention import (
     AtrousSelfAttention,
     LocalSelfAttention,
@@ -10,6 +10,7 @@ from sparse_attn.layers.self_attention import (
 
 __all__ = [
     "AtrousSelfAttention",
+    "GroupedQueryAttention",
     "LocalSelfAttention",
     "MultiHeadAttention",
     "SelfAttention",

@@ -3,8 +3,8 @@
 import keras
 
 from sparse_attn.checks import check_bool
-from sparse_attn.layers.multi_head_attention import MultiHeadAttention, read_pattern
-from sparse_attn.masking import check_mask
+from sparse_attn.layers.attention import read_mask, read_pattern
+from sparse_attn.layers.multi_head_attention import MultiHeadAttention
 from sparse_attn.patterns import Atrous, Causal, Local, Strided
 
 
@@ -47,7 +47,8 @@ class SelfAttention(MultiHeadAttention):
     def __init__(self, num_heads, key_dim, pattern=None, causal=False, **kwargs):
         self.causal = check_bool("causal", causal)
         pattern = read_pattern(pattern)
-        super().__init__(num_heads, key_dim, Causal() & pattern if causal else pattern, **kwargs)
+        pattern = Causal() & pattern if causal else pattern
+        super().__init__(num_heads, key_dim, pattern=pattern, **kwargs)
 
     def build(self, query_shape):
         super().build(query_shape, query_shape)
@@ -64,7 +65,8 @@ class SelfAttention(MultiHeadAttention):
         segment_ids=None,
     ):
         # Keras fills in `mask` beside one tensor, `query_mask` beside several.
-        mask = query_mask if mask is None else check_mask("mask", mask, query.shape[:2])
+        name, mask = ("query_mask", query_mask) if mask is None else ("mask", mask)
+        mask = read_mask(name, mask, query.shape[:-1])
         return super().call(
             query,
             query,
@@ -87,12 +89,12 @@ class SelfAttention(MultiHeadAttention):
     def get_config(self):
         return {
             **super().get_config(),
-            "pattern": keras.saving.serialize_keras_object(self._given_pattern()),
+            "pattern": keras.saving.serialize_keras_object(self._before_causal()),
             "causal": self.causal,
         }
 
-    def _given_pattern(self):
-        return self.pattern.second if self.causal else self.pattern
+    def _before_causal(self):
+        return self._given_pattern.second if self.causal else self._given_pattern
 
 
 class _NamedSelfAttention(SelfAttention):
@@ -101,7 +103,7 @@ class _NamedSelfAttention(SelfAttention):
     def get_config(self):
         config = super().get_config()
         del config["pattern"]
-        return {**config, **self._given_pattern().get_config()}
+        return {**config, **self._before_causal().get_config()}
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")

@@ -1,0 +1,440 @@
+"""What all attention layers are: Dense layers around one function."""
+
+import math
+
+import keras
+from einops import rearrange
+from keras import constraints, dtype_policies, initializers, ops, regularizers
+
+from sparse_attn.checks import check_bool, check_int, check_rate, received
+from sparse_attn.functional import attention_weights, sparse_attention
+from sparse_attn.layers.projection import Projection, as_shaped
+from sparse_attn.masking import check_mask, zero_masked
+from sparse_attn.patterns import Causal, Full, Local, check_pattern
+from sparse_attn.scores import read_mods
+from sparse_attn.stream import MAX_SCORE_BYTES
+
+
+class Attention(keras.layers.Layer):
+    """Attention of `num_heads` heads of queries over `key_heads` heads of keys and values.
+
+    Inputs may have several axes between the batch and the features, such as
+    the rows and columns of an image: positions are counted through all of
+    them, row by row.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        key_heads,
+        key_dim,
+        value_dim,
+        *,
+        pattern=None,
+        score_mod=None,
+        rotary_embedding=None,
+        dropout=0.0,
+        use_bias=True,
+        output_shape=None,
+        sliding_window=None,
+        flash_attention=None,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        use_gate=False,
+        seed=None,
+        max_score_bytes=MAX_SCORE_BYTES,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self._num_heads, self._key_heads = num_heads, key_heads
+        self._key_dim, self._value_dim = key_dim, value_dim
+        self._given_pattern = read_pattern(pattern)
+        self._sliding_window = _check_window(sliding_window)
+        self.pattern = self._given_pattern
+        if sliding_window is not None:
+            window = Local(self._sliding_window - 1)
+            self.pattern = window if self.pattern == Full() else window & self.pattern
+        self.score_mod = _read_score_mod(score_mod, num_heads)
+        self.rotary_embedding = _read_layer("rotary_embedding", rotary_embedding)
+        self.dropout = check_rate("dropout", dropout)
+        self.use_bias = check_bool("use_bias", use_bias)
+        self.use_gate = check_bool("use_gate", use_gate)
+        self._output_features = _features(output_shape)
+        if flash_attention is not None and check_bool("flash_attention", flash_attention):
+            raise ValueError(
+                "`flash_attention` must be None or False: there is no fused kernel for patterns, "
+                "on any backend; tiles are small without one. Received: flash_attention=True"
+            )
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.bias_regularizer = regularizers.get(bias_regularizer)
+        # Of the sublayers, as in Keras' own layers, and not of this one.
+        self.sublayer_activity_regularizer = regularizers.get(activity_regularizer)
+        self.kernel_constraint = constraints.get(kernel_constraint)
+        self.bias_constraint = constraints.get(bias_constraint)
+        self.seed = None if seed is None else check_int("seed", seed)
+        self.max_score_bytes = check_int("max_score_bytes", max_score_bytes, minimum=0)
+
+    @property
+    def sliding_window(self):
+        return self._sliding_window
+
+    # Keras saves weights by the names of attributes, public ones first: these are those of its
+    # own attention layers, so that their files can be loaded.
+
+    @property
+    def query_dense(self):
+        """The `Dense` layer that projects queries."""
+        return self._query_dense
+
+    @property
+    def key_dense(self):
+        """The `Dense` layer that projects keys."""
+        return self._key_dense
+
+    @property
+    def value_dense(self):
+        """The `Dense` layer that projects values."""
+        return self._value_dense
+
+    @property
+    def output_dense(self):
+        """The `Dense` layer that projects what the heads give."""
+        return self._output_dense
+
+    def build(self, query_shape, value_shape, key_shape=None):
+        key_shape = value_shape if key_shape is None else key_shape
+        self._check_shapes(query_shape, value_shape, key_shape)
+        value_width = self._num_heads * self._value_dim
+        features = math.prod(self._features_of(query_shape))
+        self._query_dense = self._dense(self._num_heads * self._key_dim, "query", query_shape)
+        self._key_dense = self._dense(self._key_heads * self._key_dim, "key", key_shape)
+        if self.use_gate:
+            self._gate_dense = self._dense(value_width, "gate", query_shape, activation="sigmoid")
+        self._value_dense = self._dense(self._key_heads * self._value_dim, "value", value_shape)
+        inner_shape = (*query_shape[:-1], value_width)
+        self._output_dense = self._dense(features, "attention_output", inner_shape)
+        if self.dropout:  # a layer for the sake of its generator, as in Keras' own layers
+            self._dropout_layer = keras.layers.Dropout(self.dropout, seed=self.seed)
+        for mod in _as_list(self.score_mod):
+            if isinstance(mod, keras.layers.Layer) and not mod.built:
+                mod.build_for(self._num_heads)
+
+    def _dense(self, units, name, shape, activation=None):
+        layer = Projection(
+            units,
+            activation=activation,
+            use_bias=self.use_bias,
+            # A fresh initializer each: one instance would give equal weights.
+            kernel_initializer=_copy(self.kernel_initializer),
+            bias_initializer=_copy(self.bias_initializer),
+            kernel_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
+            activity_regularizer=self.sublayer_activity_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            bias_constraint=self.bias_constraint,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        layer.build(shape)
+        return layer
+
+    def set_weights(self, weights):
+        """Set the weights from arrays, which may have the shapes of Keras' attention layers."""
+        own = self.weights
+        if len(weights) == len(own):
+            weights = [as_shaped(x, y.shape) for x, y in zip(weights, own, strict=True)]
+        super().set_weights(weights)
+
+    def call(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+        segment_ids=None,
+    ):
+        if key is None:
+            key, key_mask = value, value_mask if key_mask is None else key_mask
+        q_axes, k_axes = ops.shape(query)[1:-1], ops.shape(key)[1:-1]
+        known = query.shape[:-1], key.shape[:-1], value.shape[:-1]
+        query_mask = _flat(read_mask("query_mask", query_mask, known[0]))
+        key_mask = _flat(read_mask("key_mask", key_mask, known[1]))
+        value_mask = _flat(read_mask("value_mask", value_mask, known[2]))
+        query, key, value = (rearrange(x, "b ... d -> b (...) d") for x in (query, key, value))
+        key_mask = _both(key_mask, value_mask)
+        pattern = Causal() & self.pattern if use_causal_mask else self.pattern
+        options = {
+            "query_mask": query_mask,
+            "key_mask": key_mask,
+            "attention_mask": self._read_pairs(attention_mask, known[0], known[1]),
+            "segment_ids": segment_ids,
+            "score_mod": self.score_mod,
+        }
+        # Zeros first: NaN in padding would reach the kernels' gradients.
+        query = zero_masked(query, query_mask)
+        q = self._by_heads(self._query_dense(query), self._num_heads)
+        k = self._by_heads(self._key_dense(zero_masked(key, key_mask)), self._key_heads)
+        v = self._by_heads(self._value_dense(zero_masked(value, key_mask)), self._key_heads)
+        if self.rotary_embedding is not None:
+            q, k = self.rotary_embedding(q), self.rotary_embedding(k)
+        own = {"max_score_bytes": self.max_score_bytes}
+        if self.dropout and training:
+            own |= {"dropout": self.dropout, "seed": self._dropout_layer.seed_generator}
+        out = rearrange(
+            sparse_attention(q, k, v, pattern, **options, **own), "b n h e -> b n (h e)"
+        )
+        if self.use_gate:
+            out = out * self._gate_dense(query)
+        out = self._output_dense(out)
+        batch = ops.shape(out)[0]
+        features = self._features_of((*known[0], query.shape[-1]))
+        if len(q_axes) > 1 or len(features) > 1:
+            out = ops.reshape(out, (batch, *q_axes, *features))
+        if not return_attention_scores:
+            return out
+        weights = attention_weights(q, k, pattern, **options)
+        if len(q_axes) > 1 or len(k_axes) > 1:
+            weights = ops.reshape(weights, (batch, self._num_heads, *q_axes, *k_axes))
+        return out, weights
+
+    def _by_heads(self, x, heads):
+        return rearrange(x, "b n (h d) -> b n h d", h=heads)
+
+    def _read_pairs(self, mask, q_shape, k_shape):
+        """The mask of pairs as one of bools `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)`."""
+        if mask is None:
+            return None
+        mask = ops.cast(ops.convert_to_tensor(mask), "bool")
+        check_mask("attention_mask", mask, *self._mask_shapes(q_shape, k_shape))
+        q_rank, k_rank = len(q_shape) - 1, len(k_shape) - 1
+        if q_rank == k_rank == 1:
+            return mask
+        sizes = ops.shape(mask)
+        lead = len(sizes) - q_rank - k_rank
+        n, m = _product(sizes[lead : lead + q_rank]), _product(sizes[lead + q_rank :])
+        return ops.reshape(mask, (*sizes[:lead], n, m))
+
+    def _mask_shapes(self, q_shape, k_shape):
+        pairs = (*q_shape[1:], *k_shape[1:])
+        batch, heads = (1, q_shape[0]), (1, self._num_heads)
+        return pairs, (batch, *pairs), (batch, heads, *pairs)
+
+    def _features_of(self, query_shape):
+        return (query_shape[-1],) if self._output_features is None else self._output_features
+
+    def _check_shapes(self, query_shape, value_shape, key_shape):
+        of_key, of_value = tuple(key_shape[1:-1]), tuple(value_shape[1:-1])
+        same = len(of_key) == len(of_value) and all(
+            None in pair or pair[0] == pair[1] for pair in zip(of_key, of_value, strict=True)
+        )
+        if not same:
+            raise ValueError(
+                "The lengths of `key` and `value` must be equal. "
+                f"Received: key shape={tuple(key_shape)}, value shape={tuple(value_shape)}"
+            )
+        for name, shape in (("query", query_shape), ("value", value_shape), ("key", key_shape)):
+            if len(shape) < 3 or shape[-1] is None:
+                requirement = "(batch, length, features), features known"
+                raise ValueError(
+                    f"`{name}` must have shape {requirement}. Received: shape={tuple(shape)}"
+                )
+            if None not in (shape[0], query_shape[0]) and shape[0] != query_shape[0]:
+                raise ValueError(
+                    f"`{name}` must have the batch size of `query`, {query_shape[0]}. "
+                    f"Received: shape={tuple(shape)}"
+                )
+        self.pattern.check_lengths(*map(_length, (query_shape, key_shape)))
+
+    def compute_mask(self, query, previous_mask=None):
+        return previous_mask
+
+    def compute_output_shape(self, query_shape, value_shape, key_shape=None):
+        self._check_shapes(query_shape, value_shape, key_shape or value_shape)
+        return (*query_shape[:-1], *self._features_of(query_shape))
+
+    def compute_output_spec(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+        segment_ids=None,
+    ):
+        key = value if key is None else key
+        shape = self.compute_output_shape(query.shape, value.shape, key.shape)
+        q_shape, k_shape = query.shape[:-1], key.shape[:-1]
+        for name, mask, *allowed in (
+            ("query_mask", query_mask, q_shape),
+            ("key_mask", key_mask, k_shape),
+            ("value_mask", value_mask, value.shape[:-1]),
+            ("attention_mask", attention_mask, *self._mask_shapes(q_shape, k_shape)),
+        ):
+            if mask is not None:
+                check_mask(name, keras.KerasTensor(mask.shape, "bool"), *allowed)
+        out = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        if not return_attention_scores:
+            return out
+        pairs = (q_shape[0], self._num_heads, *q_shape[1:], *k_shape[1:])
+        return out, keras.KerasTensor(pairs, dtype=self.compute_dtype)
+
+    def get_config(self):
+        output_shape = self._output_features
+        if output_shape is not None:
+            output_shape = output_shape[0] if len(output_shape) == 1 else list(output_shape)
+        config = {
+            **super().get_config(),
+            "pattern": keras.saving.serialize_keras_object(self._given_pattern),
+            "score_mod": keras.saving.serialize_keras_object(self.score_mod),
+            "rotary_embedding": keras.saving.serialize_keras_object(self.rotary_embedding),
+            "dropout": self.dropout,
+            "use_bias": self.use_bias,
+            "output_shape": output_shape,
+            "sliding_window": self._sliding_window,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "activity_regularizer": regularizers.serialize(self.sublayer_activity_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "bias_constraint": constraints.serialize(self.bias_constraint),
+            "use_gate": self.use_gate,
+            "seed": self.seed,
+            "max_score_bytes": self.max_score_bytes,
+        }
+        policies = self._own_policies()
+        if policies:
+            config["dtype"] = keras.saving.serialize_keras_object(policies)
+        return config
+
+    def _own_policies(self):
+        """The policies of sublayers that were quantized after they were made, or `None`."""
+        if isinstance(self.dtype_policy, dtype_policies.DTypePolicyMap):
+            return None
+        quantized = [
+            sub
+            for sub in self._flatten_layers(include_self=False)
+            if getattr(sub, "quantization_mode", None) is not None
+        ]
+        if not quantized:
+            return None
+        policies = {sub.path: sub.dtype_policy for sub in quantized}
+        return dtype_policies.DTypePolicyMap(self.dtype_policy, policies)
+
+
+def read_size(name, value):
+    """Return `value` as a positive int, or raise `ValueError`, as Keras' layers do."""
+    try:
+        return check_int(name, value, minimum=1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The argument {error}") from None
+
+
+def read_pattern(pattern):
+    """The pattern that a constructor was given: one, its config, or `None` for `Full()`."""
+    if isinstance(pattern, dict):
+        pattern = keras.saving.deserialize_keras_object(pattern)
+    return check_pattern("pattern", Full() if pattern is None else pattern)
+
+
+def _read_score_mod(score_mod, num_heads):
+    """What a constructor was given: anything that `sparse_attention` takes, or its config."""
+    if isinstance(score_mod, dict):
+        score_mod = keras.saving.deserialize_keras_object(score_mod)
+    if isinstance(score_mod, (list, tuple)):
+        load = keras.saving.deserialize_keras_object
+        score_mod = [load(mod) if isinstance(mod, dict) else mod for mod in score_mod]
+    read_mods(score_mod, num_heads)
+    return score_mod
+
+
+def _as_list(score_mod):
+    return score_mod if isinstance(score_mod, (list, tuple)) else [score_mod]
+
+
+def _read_layer(name, layer):
+    if isinstance(layer, dict):
+        layer = keras.saving.deserialize_keras_object(layer)
+    if not (layer is None or isinstance(layer, keras.layers.Layer)):
+        raise TypeError(received(name, "a Keras layer or None", layer))
+    return layer
+
+
+def _check_window(sliding_window):
+    if sliding_window is None:
+        return None
+    try:
+        return check_int("sliding_window", sliding_window, minimum=1)
+    except (TypeError, ValueError) as error:
+        told = received("sliding_window", "None or a positive int", sliding_window)
+        raise type(error)(told) from None
+
+
+def _features(output_shape):
+    if output_shape is None:
+        return None
+    sizes = output_shape if isinstance(output_shape, (tuple, list)) else [output_shape]
+    try:
+        if not sizes:
+            raise ValueError
+        return tuple(check_int("output_shape", size, minimum=1) for size in sizes)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "Invalid `output_shape`: it must be a positive int or a tuple of them. "
+            f"Received: output_shape={output_shape!r}"
+        ) from None
+
+
+def read_mask(name, mask, shape):
+    """A mask of positions as one of bools; numbers count as `True` but for 0."""
+    if mask is None:
+        return None
+    return check_mask(name, ops.cast(ops.convert_to_tensor(mask), "bool"), shape)
+
+
+def _flat(mask):
+    """`(b, ...)` as `(b, n)`."""
+    return mask if mask is None else rearrange(mask, "b ... -> b (...)")
+
+
+def _both(first, second):
+    if first is None or second is None or first is second:
+        return second if first is None else first
+    return first & second
+
+
+def _length(shape):
+    """The number of positions of inputs of a shape, or `None` while it is unknown."""
+    return None if None in shape[1:-1] else math.prod(shape[1:-1])
+
+
+def _product(sizes):
+    total = sizes[0]
+    for size in sizes[1:]:
+        total = total * size
+    return total
+
+
+def _copy(initializer):
+    if not isinstance(initializer, initializers.Initializer):
+        return initializer  # a plain function
+    return initializer.__class__.from_config(initializer.get_config())
