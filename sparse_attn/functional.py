@@ -29,7 +29,7 @@ from sparse_attn.masking import (
 )
 from sparse_attn.patterns import Band, PerHead, check_pattern
 from sparse_attn.plan import Part, plan_at, plan_lengths
-from sparse_attn.scores import apply_mods, is_differentiable, read_mods
+from sparse_attn.scores import apply_mods, is_differentiable, read_mods, tensors_of
 from sparse_attn.stream import (
     MAX_SCORE_BYTES,
     Mods,
@@ -244,7 +244,7 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
     seeds = [None] * len(parts)
     if dropout:
         seeds = _seeds(schedules, ops.shape(query)[0], key.shape[2], seed)
-    tensors = [mod.tensors for mod in given.mods]
+    tensors = tensors_of(given.mods)
     # Heads of queries that share keys stand side by side, as features of one head.
     grouped = rearrange(query, "b n (g r) d -> b n g (r d)", r=given.repeats)
     found = []
@@ -368,7 +368,7 @@ def _dense_weights(query, key, given, pattern):
     if given.mods:
         (positions,) = tiles.positions_for(given.mods)
         scores = ops.cast(scores, wide(scores.dtype))
-        scores = apply_mods(given.mods, scores, positions, [mod.tensors for mod in given.mods])
+        scores = apply_mods(given.mods, scores, positions, tensors_of(given.mods))
     mask = allowed_by(tiles.masks[0]) if tiles.masks[0] else None
     weights = ops.cast(masked_softmax(scores, mask), query.dtype)
     if given.repeats == 1:

@@ -29,7 +29,8 @@ class ScoreMod(abc.ABC):
     """Something that is done to each score before the softmax, wherever the score lies.
 
     Attributes:
-        tensors: the tensors, perhaps trained, that `modify` gets besides; a tuple.
+        tensors: the tensors or variables that `modify` gets besides, and that it may
+            have to train; a tuple.
         by_distance: whether positions matter by `k_pos - q_pos` alone.
     """
 
@@ -175,6 +176,14 @@ def read_mods(score_mod, num_heads):
             raise ValueError(received("score_mod", f"made for {num_heads} heads", mod))
         found.append(mod)
     return tuple(found)
+
+
+def tensors_of(mods):
+    """For each mod its tensors, a tuple: the values of variables."""
+    return [
+        tuple(x.value if isinstance(x, keras.Variable) else ops.convert_to_tensor(x) for x in own)
+        for own in (mod.tensors for mod in mods)
+    ]
 
 
 def is_differentiable(mods):

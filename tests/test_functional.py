@@ -441,7 +441,7 @@ BAD = [
     (
         lambda: sparse_attention(Q, K[:, :, :1], V, Full()),
         ValueError,
-        r"`key` must have shape \(2, any, 2, 4\). Received: key.shape=\(2, 7, 1, 4\)",
+        r"`value` must have shape \(2, 7, 1, any\). Received: value.shape=\(2, 7, 2, 3\)",
     ),
     (
         lambda: sparse_attention(Q, K, V[:, :5], Full()),

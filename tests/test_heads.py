@@ -93,7 +93,7 @@ def test_a_distinct_pattern_is_planned_once(monkeypatch):
 def test_a_layer_has_it_and_saves_it(tmp_path):
     pattern = PerHead([Local(2), Causal(), Local(2), Atrous(3)])
     x = keras.Input((29, 8))
-    y, weights = MultiHeadAttention(4, 5, pattern)(x, x, return_attention_scores=True)
+    y, weights = MultiHeadAttention(4, 5, pattern=pattern)(x, x, return_attention_scores=True)
     model = keras.Model(x, [y, weights])
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")

@@ -1,6 +1,12 @@
 """Attention layers: they project with Dense sublayers and call `sparse_attention`."""
 
 from sparse_attn.layers.multi_head_attention import GroupedQueryAttention, MultiHeadAttention
+from sparse_attn.layers.positions import (
+    PositionEmbedding,
+    RelativePositionBias,
+    RotaryEmbedding,
+    SinePositionEncoding,
+)
 from sparse_attn.layers.self_attention import (
     AtrousSelfAttention,
     LocalSelfAttention,
@@ -13,6 +19,10 @@ __all__ = [
     "GroupedQueryAttention",
     "LocalSelfAttention",
     "MultiHeadAttention",
+    "PositionEmbedding",
+    "RelativePositionBias",
+    "RotaryEmbedding",
     "SelfAttention",
+    "SinePositionEncoding",
     "StridedSelfAttention",
 ]

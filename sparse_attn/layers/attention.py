@@ -125,7 +125,10 @@ class Attention(keras.layers.Layer):
             self._dropout_layer = keras.layers.Dropout(self.dropout, seed=self.seed)
         for mod in _as_list(self.score_mod):
             if isinstance(mod, keras.layers.Layer) and not mod.built:
-                mod.build_for(self._num_heads)
+                mod.build()
+        rotary = self.rotary_embedding
+        if rotary is not None and not rotary.built:
+            rotary.build((*query_shape[:1], None, self._num_heads, self._key_dim))
 
     def _dense(self, units, name, shape, activation=None):
         layer = Projection(
@@ -263,7 +266,10 @@ class Attention(keras.layers.Layer):
         return previous_mask
 
     def compute_output_shape(self, query_shape, value_shape, key_shape=None):
-        self._check_shapes(query_shape, value_shape, key_shape or value_shape)
+        return self._out_shape(query_shape, value_shape, key_shape or value_shape)
+
+    def _out_shape(self, query_shape, value_shape, key_shape):
+        self._check_shapes(query_shape, value_shape, key_shape)
         return (*query_shape[:-1], *self._features_of(query_shape))
 
     def compute_output_spec(
@@ -281,7 +287,7 @@ class Attention(keras.layers.Layer):
         segment_ids=None,
     ):
         key = value if key is None else key
-        shape = self.compute_output_shape(query.shape, value.shape, key.shape)
+        shape = self._out_shape(query.shape, value.shape, key.shape)
         q_shape, k_shape = query.shape[:-1], key.shape[:-1]
         for name, mask, *allowed in (
             ("query_mask", query_mask, q_shape),

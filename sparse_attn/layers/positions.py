@@ -1,0 +1,362 @@
+"""Layers that tell attention where things are."""
+
+import math
+
+import keras
+from keras import initializers, ops
+
+from sparse_attn.checks import check_bool, check_int, check_positive, received
+from sparse_attn.scores import PositionBias, tensors_of
+
+
+@keras.saving.register_keras_serializable(package="sparse_attn")
+class PositionEmbedding(keras.layers.Layer):
+    """A trained vector for each position, to be added to what stands there.
+
+    An `Embedding` sublayer of the positions `start_index, start_index + 1, ...`.
+
+    Args:
+        sequence_length: how many positions have a vector, a positive int.
+        initializer: of the vectors.
+        **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
+
+    Call arguments:
+        inputs: `(b, n, features)`; only its shape matters.
+        start_index: the position of the first of them, a non-negative int, or an
+            int tensor such as the number of positions generated so far.
+
+    Returns:
+        `(b, n, features)`: the vectors, the same for each row of the batch.
+
+    Raises:
+        TypeError, ValueError: for an argument that is not as said above, and where
+            positions are known to lie beyond `sequence_length`.
+
+    References:
+        - [BERT, Devlin et al., 2018](https://arxiv.org/abs/1810.04805)
+
+    Example:
+
+    >>> import numpy as np
+    >>> from sparse_attn.layers import PositionEmbedding
+    >>> x = np.ones((2, 10, 8), "float32")
+    >>> tuple((x + PositionEmbedding(100)(x)).shape)
+    (2, 10, 8)
+    """
+
+    def __init__(self, sequence_length, initializer="glorot_uniform", **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.sequence_length = check_int("sequence_length", sequence_length, minimum=1)
+        self.initializer = initializers.get(initializer)
+
+    def build(self, input_shape):
+        _check_rank(input_shape)
+        self.embedding = keras.layers.Embedding(
+            self.sequence_length,
+            input_shape[-1],
+            embeddings_initializer=self.initializer,
+            dtype=self.dtype_policy,
+            name="embedding",
+        )
+        self.embedding.build(input_shape[:-1])
+
+    def call(self, inputs, start_index=0):
+        start_index = _check_start(start_index)
+        length = inputs.shape[1]
+        known = isinstance(length, int) and isinstance(start_index, int)
+        if known and start_index + length > self.sequence_length:
+            raise ValueError(
+                f"The positions must lie within `sequence_length`, {self.sequence_length}. "
+                f"Received: start_index={start_index}, length={length}"
+            )
+        positions = _positions(inputs, start_index)
+        return ops.broadcast_to(self.embedding(positions)[None], ops.shape(inputs))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def compute_output_spec(self, inputs, start_index=0):
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "sequence_length": self.sequence_length,
+            "initializer": initializers.serialize(self.initializer),
+        }
+
+
+@keras.saving.register_keras_serializable(package="sparse_attn")
+class SinePositionEncoding(keras.layers.Layer):
+    """Sines and cosines of each position, to be added to what stands there.
+
+    Feature `2 i` is `sin(position * w)` and feature `2 i + 1` is
+    `cos(position * w)`, where `w = max_wavelength ** (-2 i / features)`.
+
+    Args:
+        max_wavelength: a positive number; the longest wave is `2 pi` times as
+            long, in positions.
+        **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
+
+    Call arguments:
+        inputs: `(b, n, features)`; only its shape matters.
+        start_index: the position of the first of them, a non-negative int or an
+            int tensor.
+
+    Returns:
+        `(b, n, features)`, the same for each row of the batch.
+
+    Raises:
+        TypeError, ValueError: for an argument that is not as said above.
+
+    References:
+        - [Attention Is All You Need, Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
+    """
+
+    def __init__(self, max_wavelength=10_000, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.max_wavelength = check_positive("max_wavelength", max_wavelength)
+
+    def build(self, input_shape):
+        _check_rank(input_shape)
+
+    def call(self, inputs, start_index=0):
+        features = inputs.shape[-1]
+        positions = _positions(inputs, _check_start(start_index))
+        angles = _angles(positions, (features + 1) // 2, features, self.max_wavelength)
+        waves = ops.stack([ops.sin(angles), ops.cos(angles)], axis=-1)
+        waves = ops.reshape(waves, (-1, 2 * angles.shape[-1]))[:, :features]
+        return ops.broadcast_to(ops.cast(waves, self.compute_dtype)[None], ops.shape(inputs))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def compute_output_spec(self, inputs, start_index=0):
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "max_wavelength": self.max_wavelength}
+
+
+@keras.saving.register_keras_serializable(package="sparse_attn")
+class RotaryEmbedding(keras.layers.Layer):
+    """Turns the features of queries and keys by angles that grow with the position.
+
+    Feature `i` of the first half and feature `i` of the second are the two sides
+    of a plane, which is turned by `position * max_wavelength ** (-2 i / d)`. The
+    product of a query and a key then depends on how far apart they are. As the
+    `rotary_embedding` of an attention layer it is applied to the queries and the
+    keys of all heads; values are left as they are.
+
+    Args:
+        max_wavelength: a positive number.
+        scaling_factor: a positive number by which positions are divided, for
+            sequences longer than those of the training.
+        **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
+
+    Call arguments:
+        inputs: `(b, n, h, d)` or `(b, n, d)`, `d` even.
+        start_index: the position of the first, a non-negative int or an int tensor.
+        positions: `(n,)` ints, in place of `start_index, start_index + 1, ...`.
+
+    Returns:
+        A tensor of the shape of `inputs`.
+
+    Raises:
+        TypeError, ValueError: for an argument that is not as said above.
+
+    References:
+        - [RoFormer, Su et al., 2021](https://arxiv.org/abs/2104.09864)
+
+    Example:
+
+    >>> from sparse_attn import Local
+    >>> from sparse_attn.layers import RotaryEmbedding, SelfAttention
+    >>> layer = SelfAttention(2, 16, Local(10), rotary_embedding=RotaryEmbedding())
+    """
+
+    def __init__(self, max_wavelength=10_000, scaling_factor=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.max_wavelength = check_positive("max_wavelength", max_wavelength)
+        self.scaling_factor = check_positive("scaling_factor", scaling_factor)
+
+    def build(self, input_shape):
+        features = input_shape[-1]
+        if len(input_shape) not in (3, 4) or features is None or features % 2:
+            raise ValueError(
+                "`inputs` must have shape (batch, length, heads, features) or (batch, length, "
+                f"features), an even number of features. Received: shape={tuple(input_shape)}"
+            )
+
+    def call(self, inputs, start_index=0, positions=None):
+        features = inputs.shape[-1]
+        if positions is None:
+            positions = _positions(inputs, _check_start(start_index))
+        positions = ops.cast(positions, "float32") / self.scaling_factor
+        angles = _angles(positions, features // 2, features, self.max_wavelength)
+        shape = (1, -1, *[1] * (len(inputs.shape) - 3), features // 2)
+        cos, sin = (
+            ops.cast(ops.reshape(x, shape), inputs.dtype)
+            for x in (ops.cos(angles), ops.sin(angles))
+        )
+        first, second = ops.split(inputs, 2, axis=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return ops.concatenate(turned, axis=-1)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def compute_output_spec(self, inputs, start_index=0, positions=None):
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "max_wavelength": self.max_wavelength,
+            "scaling_factor": self.scaling_factor,
+        }
+
+
+@keras.saving.register_keras_serializable(package="sparse_attn")
+class RelativePositionBias(keras.layers.Layer, PositionBias):
+    """A trained number for each head and distance, added to the scores, as in T5.
+
+    An `Embedding` sublayer of buckets of distances: one for each short distance,
+    and beyond these wider and wider ones, the last for `max_distance` and more.
+    Give it to an attention layer or to `sparse_attention` as `score_mod`; it is
+    worked out at the pairs that are scored, and no others.
+
+    Args:
+        num_heads: a positive int, that of the queries.
+        num_buckets: an int of at least 2; 4 where `bidirectional`.
+        max_distance: an int, more than the distances with a bucket of their own.
+        bidirectional: whether keys ahead of a query have half of the buckets; if
+            not, they all have that of distance 0, as behind a causal pattern.
+        embeddings_initializer: of the numbers.
+        **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
+
+    Call arguments:
+        q_pos: `(n,)` ints, positions of queries.
+        k_pos: `(m,)` ints, positions of keys.
+
+    Returns:
+        The `(num_heads, n, m)` biases, to look at.
+
+    Raises:
+        TypeError, ValueError: for an argument that is not as said above.
+
+    References:
+        - [T5, Raffel et al., 2019](https://arxiv.org/abs/1910.10683)
+
+    Example:
+
+    >>> from sparse_attn import Local
+    >>> from sparse_attn.layers import RelativePositionBias, SelfAttention
+    >>> layer = SelfAttention(2, 16, Local(10), score_mod=RelativePositionBias(2))
+    """
+
+    by_distance = True
+
+    def __init__(
+        self,
+        num_heads,
+        num_buckets=32,
+        max_distance=128,
+        bidirectional=True,
+        embeddings_initializer="uniform",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.num_heads = check_int("num_heads", num_heads, minimum=1)
+        self.bidirectional = check_bool("bidirectional", bidirectional)
+        self.num_buckets = check_int("num_buckets", num_buckets, 4 if bidirectional else 2)
+        self.max_distance = check_int("max_distance", max_distance, minimum=1)
+        if self.max_distance <= self._exact:
+            requirement = f"more than {self._exact}, the distances with a bucket of their own"
+            raise ValueError(received("max_distance", requirement, max_distance))
+        self.embeddings_initializer = initializers.get(embeddings_initializer)
+
+    @property
+    def _one_sided(self):
+        return self.num_buckets // 2 if self.bidirectional else self.num_buckets
+
+    @property
+    def _exact(self):
+        return self._one_sided // 2
+
+    def build(self, q_pos_shape=None, k_pos_shape=None):
+        self.embedding = keras.layers.Embedding(
+            self.num_buckets,
+            self.num_heads,
+            embeddings_initializer=self.embeddings_initializer,
+            dtype=self.dtype_policy,
+            name="embedding",
+        )
+        self.embedding.build((None,))
+        self.built = True
+
+    @property
+    def tensors(self):
+        """The table `(num_buckets, num_heads)`, alone in a tuple."""
+        if not self.built:
+            self.build()
+        return (self.embedding.embeddings,)
+
+    def buckets(self, distance):
+        """The buckets of distances `k_pos - q_pos`, ints of the same shape."""
+        far = ops.abs(distance) if self.bidirectional else ops.maximum(-distance, 0)
+        wide, exact = self._one_sided, self._exact
+        ratio = ops.cast(ops.maximum(far, exact), "float32") / exact
+        steps = ops.log(ratio) / math.log(self.max_distance / exact) * (wide - exact)
+        beyond = ops.minimum(exact + ops.cast(steps, "int32"), wide - 1)
+        bucket = ops.where(far < exact, far, beyond)
+        return ops.where(distance > 0, bucket + wide, bucket) if self.bidirectional else bucket
+
+    def bias(self, q_pos, k_pos, head, table):
+        place = self.buckets(k_pos - q_pos) * self.num_heads + head
+        return ops.take(ops.reshape(table, (-1,)), place)
+
+    def call(self, q_pos, k_pos):
+        heads = ops.arange(self.num_heads, dtype="int32")[:, None, None]
+        q_pos, k_pos = (ops.cast(x, "int32") for x in (q_pos, k_pos))
+        return self.bias(q_pos[:, None], k_pos[None, :], heads, *tensors_of([self])[0])
+
+    def compute_output_shape(self, q_pos_shape, k_pos_shape):
+        return (self.num_heads, q_pos_shape[0], k_pos_shape[0])
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "num_buckets": self.num_buckets,
+            "max_distance": self.max_distance,
+            "bidirectional": self.bidirectional,
+            "embeddings_initializer": initializers.serialize(self.embeddings_initializer),
+        }
+
+
+def _check_rank(shape):
+    if len(shape) != 3 or shape[-1] is None:
+        raise ValueError(
+            "`inputs` must have shape (batch, length, features), features known. "
+            f"Received: shape={tuple(shape)}"
+        )
+
+
+def _check_start(start_index):
+    if ops.is_tensor(start_index):
+        return ops.cast(start_index, "int32")
+    return check_int("start_index", start_index, minimum=0)
+
+
+def _positions(inputs, start_index):
+    return ops.arange(ops.shape(inputs)[1], dtype="int32") + start_index
+
+
+def _angles(positions, waves, features, max_wavelength):
+    """`(n, waves)`: how far each wave has come at each position."""
+    exponents = ops.arange(waves, dtype="float32") * (2 / features)
+    return ops.cast(positions, "float32")[:, None] * max_wavelength ** -exponents[None, :]

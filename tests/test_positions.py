@@ -1,0 +1,277 @@
+"""Position layers equal their formulas, and in attention their dense form: values and gradients."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from sparse_attn import Atrous, Causal, Local, Longformer, sparse_attention
+from sparse_attn.layers import (
+    MultiHeadAttention,
+    PositionEmbedding,
+    RelativePositionBias,
+    RotaryEmbedding,
+    SinePositionEncoding,
+)
+from sparse_attn.reference import dense_attention
+from tests.compare import (
+    FLOAT,
+    outputs_and_gradients,
+    random_inputs,
+    random_masks,
+    to_numpy,
+)
+
+PATTERNS = [Local(5), Causal(), Causal() & Atrous(3), Longformer(4, 2)]
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+
+
+def some(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def sines(positions, features, max_wavelength=10_000):
+    """By definition, number by number."""
+    found = np.zeros((len(positions), features))
+    for row, position in enumerate(positions):
+        for feature in range(features):
+            angle = position * max_wavelength ** -(2 * (feature // 2) / features)
+            found[row, feature] = np.cos(angle) if feature % 2 else np.sin(angle)
+    return found
+
+
+def rotated(x, positions, max_wavelength=10_000):
+    """Each pair of features as a complex number, which is turned: `(b, n, h, d)`."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None] * max_wavelength ** -(np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[None, :, None, :]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+@pytest.mark.parametrize("features", [2, 7, 8])
+@pytest.mark.parametrize("start", [0, 5])
+def test_sine_position_encoding_by_definition(features, start):
+    x = some(2, 9, features)
+    found = SinePositionEncoding(100)(x, start_index=start)
+    expected = sines(np.arange(start, start + 9), features, 100)
+    np.testing.assert_allclose(found, np.stack([expected] * 2), atol=1e-5)
+
+
+def test_position_embedding_is_rows_of_a_table_and_trains_them():
+    layer, x = PositionEmbedding(20), some(2, 9, 4)
+    found = to_numpy(layer(x, start_index=3))
+    table = to_numpy(layer.embedding.embeddings)
+    np.testing.assert_array_equal(found, np.stack([table[3:12]] * 2))
+    cotangent = some(2, 9, 4, seed=1)
+
+    def function(table):
+        out, _ = layer.stateless_call([table], [], x, start_index=3)
+        return [out]
+
+    _, (gradient,) = outputs_and_gradients(function, [table], [cotangent])
+    expected = np.zeros((20, 4))
+    expected[3:12] = cotangent.sum(axis=0)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [PositionEmbedding(20), SinePositionEncoding(), RotaryEmbedding()],
+    ids=lambda x: x.name,
+)
+def test_the_offset_of_a_generator_may_be_a_tensor(layer):
+    x = some(2, 9, 4)
+    whole = to_numpy(layer(x))
+    for start in (0, 4):
+        part = to_numpy(layer(x[:, start:], start_index=ops.convert_to_tensor(start)))
+        np.testing.assert_allclose(part, whole[:, start:], atol=1e-6)
+
+
+def test_rotary_embedding_by_definition():
+    x = some(2, 9, 3, 8)
+    for options in ({}, {"max_wavelength": 100}, {"scaling_factor": 2.0}):
+        layer = RotaryEmbedding(**options)
+        scale = options.get("scaling_factor", 1)
+        expected = rotated(x, (4 + np.arange(9)) / scale, options.get("max_wavelength", 10_000))
+        np.testing.assert_allclose(layer(x, start_index=4), expected, atol=1e-5)
+        by_position = layer(x, positions=np.arange(4, 13))
+        np.testing.assert_allclose(by_position, expected, atol=1e-5)
+    flat = RotaryEmbedding()(x[:, :, 0])
+    np.testing.assert_allclose(flat, rotated(x, np.arange(9))[:, :, 0], atol=1e-5)
+
+
+@every_pattern
+def test_attention_of_rotated_queries_and_keys(pattern):
+    n = 13
+    q, k, v = random_inputs(n, n, d=4)
+    out_grad, masks = some(*q.shape[:3], 3).astype(FLOAT), random_masks(n, n)
+    rotary = RotaryEmbedding(dtype=FLOAT)
+
+    def function(q, k, v):
+        return [sparse_attention(rotary(q), rotary(k), v, pattern, **masks)]
+
+    (out,), gradients = outputs_and_gradients(function, [q, k, v], [out_grad])
+    positions = np.arange(n)
+    turned = rotated(q, positions), rotated(k, positions)
+    expected, _, by_turned = dense_attention(*turned, v, pattern, out_grad=out_grad, **masks)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    # A turn keeps lengths: its adjoint is the turn back.
+    for gradient, name in zip(gradients, ("query", "key"), strict=False):
+        np.testing.assert_allclose(gradient, rotated(by_turned[name], -positions), atol=1e-5)
+    np.testing.assert_allclose(gradients[2], by_turned["value"], atol=1e-5)
+
+
+def bucket(distance, num_buckets, max_distance, bidirectional):
+    """T5's, for one distance `k_pos - q_pos`."""
+    first = 0
+    if bidirectional:
+        num_buckets //= 2
+        first, far = (num_buckets if distance > 0 else 0), abs(distance)
+    else:
+        far = max(-distance, 0)
+    exact = num_buckets // 2
+    if far < exact:
+        return first + far
+    share = np.log(far / exact) / np.log(max_distance / exact)
+    return first + min(exact + int(np.float32(share * (num_buckets - exact))), num_buckets - 1)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 20), (4, 3)])
+def test_buckets_are_those_of_t5(num_buckets, max_distance, bidirectional):
+    layer = RelativePositionBias(2, num_buckets, max_distance, bidirectional)
+    distance = np.arange(-300, 300, dtype="int32")
+    found = to_numpy(layer.buckets(ops.convert_to_tensor(distance)))
+    expected = [bucket(x, num_buckets, max_distance, bidirectional) for x in distance]
+    # At the edge of two buckets, rounding decides.
+    differ = np.flatnonzero(found != expected)
+    assert len(differ) <= 8
+    assert (np.abs(found - expected)[differ] <= 1).all()
+    assert found.min() == 0
+    assert found.max() == num_buckets - 1
+
+
+@pytest.mark.parametrize("max_score_bytes", [2**30, 0], ids=["kept", "streamed"])
+@every_pattern
+def test_relative_position_bias_is_a_dense_bias(pattern, max_score_bytes):
+    n, h = 29, 4
+    layer = RelativePositionBias(h, 8, 20)
+    q, k, v = random_inputs(n, n, h=h, dtype="float32")
+    out_grad, masks = some(2, n, h, 3), random_masks(n, n)
+    positions = np.arange(n, dtype="int32")
+    bias = to_numpy(layer(positions, positions))
+    (table,) = map(to_numpy, layer.trainable_variables)
+    assert table.shape == (8, h)
+
+    def function(q, k, v, table):
+        options = {"score_mod": layer, "max_score_bytes": max_score_bytes, **masks}
+        variables = [(layer.trainable_variables[0], table)]
+        with keras.StatelessScope(variables):
+            return [sparse_attention(q, k, v, pattern, **options)]
+
+    (out,), gradients = outputs_and_gradients(function, [q, k, v, table], [out_grad])
+    expected, _, dense = dense_attention(
+        q, k, v, pattern, bias=bias[None], out_grad=out_grad, **masks
+    )
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+    for gradient, name in zip(gradients, ("query", "key", "value"), strict=False):
+        np.testing.assert_allclose(gradient, dense[name], atol=1e-4)
+    buckets = to_numpy(layer.buckets(ops.convert_to_tensor(positions[None] - positions[:, None])))
+    by_table = np.zeros((8, h))
+    for head in range(h):
+        np.add.at(by_table[:, head], buckets, dense["bias"][0, head])
+    np.testing.assert_allclose(gradients[3], by_table, atol=1e-4)
+
+
+def test_a_layer_trains_its_bias_and_saves_it(tmp_path):
+    x, y = some(8, 12, 6), some(8, 12, 6, seed=1)
+    query = keras.Input((None, 6))
+    out = MultiHeadAttention(
+        2,
+        4,
+        pattern=Local(4),
+        score_mod=RelativePositionBias(2),
+        rotary_embedding=RotaryEmbedding(100),
+    )(query, query)
+    model = keras.Model(query, out)
+    model.compile("adam", "mse")
+    before = to_numpy(model.layers[-1].score_mod.embedding.embeddings)
+    model.fit(x, y, epochs=2, verbose=0)
+    assert len(model.trainable_weights) == 9
+    assert np.abs(to_numpy(model.layers[-1].score_mod.embedding.embeddings) - before).max() > 0
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.layers[-1].rotary_embedding.max_wavelength == 100
+    np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+LAYERS = [
+    PositionEmbedding(20, initializer="he_normal", name="a"),
+    SinePositionEncoding(100, name="b"),
+    RotaryEmbedding(100, 2, name="c"),
+    RelativePositionBias(4, 8, 20, bidirectional=False, name="d"),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_config_round_trip(layer):
+    config = json.loads(json.dumps(layer.get_config()))
+    again = type(layer).from_config(config)
+    assert json.loads(json.dumps(again.get_config())) == config
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", [PositionEmbedding, SinePositionEncoding, RotaryEmbedding])
+def test_dtypes_and_symbolic_shapes(kind, dtype):
+    layer = kind(20, dtype=dtype)
+    symbolic = layer(keras.Input((None, 4)))
+    found = layer(some(2, 9, 4))
+    assert symbolic.shape == (None, None, 4)
+    assert tuple(found.shape) == (2, 9, 4)
+    expected = dtype.removeprefix("mixed_")
+    assert keras.backend.standardize_dtype(found.dtype) == symbolic.dtype == expected
+
+
+BAD = [
+    (lambda: PositionEmbedding(0), ValueError, "`sequence_length` must be a positive int"),
+    (
+        lambda: PositionEmbedding(5)(some(2, 4, 3), start_index=2),
+        ValueError,
+        "must lie within `sequence_length`, 5. Received: start_index=2, length=4",
+    ),
+    (
+        lambda: PositionEmbedding(5)(some(2, 4, 3), start_index=-1),
+        ValueError,
+        "`start_index` must be a non-negative int. Received: start_index=-1",
+    ),
+    (lambda: PositionEmbedding(5)(some(4, 3)), ValueError, r"`inputs` must have shape .*\(4, 3\)"),
+    (lambda: SinePositionEncoding(0), ValueError, "`max_wavelength` must be a positive number"),
+    (lambda: SinePositionEncoding("x"), TypeError, "`max_wavelength` must be .*'x'"),
+    (lambda: RotaryEmbedding(scaling_factor=-1), ValueError, "`scaling_factor` must be a positive"),
+    (lambda: RotaryEmbedding()(some(2, 4, 3)), ValueError, r"an even number .*\(2, 4, 3\)"),
+    (lambda: RelativePositionBias(0), ValueError, "`num_heads` must be a positive int"),
+    (lambda: RelativePositionBias(2, 3), ValueError, "`num_buckets` must be an int of at least 4"),
+    (
+        lambda: RelativePositionBias(2, 8, 2),
+        ValueError,
+        "`max_distance` must be more than 2, .* Received: max_distance=2",
+    ),
+    (
+        lambda: MultiHeadAttention(2, 4, score_mod=RelativePositionBias(3)),
+        ValueError,
+        "`score_mod` must be made for 2 heads",
+    ),
+    (
+        lambda: MultiHeadAttention(2, 4, rotary_embedding=3),
+        TypeError,
+        "`rotary_embedding` must be a Keras layer or None. Received: rotary_embedding=3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
