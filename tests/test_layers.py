@@ -449,7 +449,7 @@ BAD = [
     (
         lambda: MultiHeadAttention(2, 4)(inputs(5), inputs(6), inputs(7)),
         ValueError,
-        r"The lengths of `key` and `value` must be equal. .*key shape=\(2, 7, 6\), value shape=\(2, 6, 6\)",
+        r"The lengths of `key` and `value` must be equal. .*\(2, 7, 6\), value shape=\(2, 6, 6\)",
     ),
     (
         lambda: call(mask=np.ones((2, 12), bool)),

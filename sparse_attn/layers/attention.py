@@ -143,11 +143,17 @@ class Attention(keras.layers.Layer):
             activity_regularizer=self.sublayer_activity_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
-            dtype=self.dtype_policy,
+            dtype=self._policy_of(name),
             name=name,
         )
         layer.build(shape)
         return layer
+
+    def _policy_of(self, name):
+        """The policy of a sublayer: a Dense that holds a whole map of them cannot be saved."""
+        policy = self.dtype_policy
+        is_map = isinstance(policy, dtype_policies.DTypePolicyMap)
+        return policy[f"{self.path}/{name}"] if is_map else policy
 
     def set_weights(self, weights):
         """Set the weights from arrays, which may have the shapes of Keras' attention layers."""
@@ -333,18 +339,18 @@ class Attention(keras.layers.Layer):
         return config
 
     def _own_policies(self):
-        """The policies of sublayers that were quantized after they were made, or `None`."""
-        if isinstance(self.dtype_policy, dtype_policies.DTypePolicyMap):
-            return None
-        quantized = [
-            sub
+        """The policies of this layer and its quantized sublayers; `None` if none is."""
+        quantized = {
+            sub.path: sub.dtype_policy
             for sub in self._flatten_layers(include_self=False)
             if getattr(sub, "quantization_mode", None) is not None
-        ]
+        }
+        policy = self.dtype_policy
         if not quantized:
             return None
-        policies = {sub.path: sub.dtype_policy for sub in quantized}
-        return dtype_policies.DTypePolicyMap(self.dtype_policy, policies)
+        if isinstance(policy, dtype_policies.DTypePolicyMap):
+            return dtype_policies.DTypePolicyMap(policy.default_policy, {**policy, **quantized})
+        return dtype_policies.DTypePolicyMap(policy, quantized)
 
 
 def read_size(name, value):

@@ -201,7 +201,7 @@ def _read_axes(axes):
 class GroupedQueryAttention(Attention):
     """Attention in which several heads of queries share a head of keys and values.
 
-    Takes the place of `keras.layers.GroupedQueryAttention`, as
+    Takes the place of `keras.layers.GroupQueryAttention`, as
     `MultiHeadAttention` does of that layer's. Keys and values are not repeated
     in memory. With one head of keys this is multi-query attention.
 

@@ -1,0 +1,423 @@
+"""The layers take the place of Keras' own: arguments, calls, weights, files; and err less."""
+
+import keras
+import numpy as np
+import pytest
+
+from sparse_attn import Causal, Full, Local, Neighborhood, Pattern, PerHead, Strided
+from sparse_attn.layers import GroupedQueryAttention, MultiHeadAttention, SelfAttention
+from tests.compare import BACKEND, outputs_and_gradients, to_numpy
+
+rng = np.random.default_rng(0)
+
+
+def inputs(n=13, features=6, b=2, seed=0):
+    return np.random.default_rng(seed).normal(size=(b, n, features)).astype("float32")
+
+
+MAKE = {
+    "plain": {},
+    "value_dim": {"value_dim": 5},
+    "no bias": {"use_bias": False},
+    "gate": {"use_gate": True, "value_dim": 5},
+    "output int": {"output_shape": 7},
+    "output tuple": {"output_shape": (3, 2)},
+    "window": {"sliding_window": 10},
+    "dropout": {"dropout": 0.3},
+    "all axes": {"attention_axes": (1,)},
+}
+CALL = {
+    "plain": {},
+    "causal": {"use_causal_mask": True},
+    "ints": {"attention_mask": (rng.random((2, 13, 9)) < 0.8).astype("int32")},
+    "by head": {"attention_mask": rng.random((2, 2, 13, 9)) < 0.8},
+    "for all": {"attention_mask": rng.random((13, 9)) < 0.9},
+    "value_mask": {"value_mask": np.arange(9)[None] < np.array([[9], [4]])},
+    "key": {"key": inputs(9, 4, seed=3), "key_mask": np.arange(9)[None] < np.array([[9], [4]])},
+    "scores": {"return_attention_scores": True, "use_causal_mask": True},
+}
+
+
+def as_tuple(x):
+    return x if isinstance(x, (tuple, list)) else (x,)
+
+
+@pytest.mark.parametrize("call", CALL.values(), ids=CALL)
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_equals_multi_head_attention_of_keras(make, call):
+    query, value = inputs(13), inputs(9, 5, seed=1)
+    theirs = keras.layers.MultiHeadAttention(2, 4, **make)
+    expected = theirs(query, value, **call)
+    ours = MultiHeadAttention(2, 4, **make)
+    ours.build(query.shape, value.shape, np.shape(call["key"]) if "key" in call else None)
+    weights = theirs.get_weights()
+    ours.set_weights(weights)
+    assert len(ours.weights) == len(weights)
+    for x, y in zip(as_tuple(ours(query, value, **call)), as_tuple(expected), strict=True):
+        np.testing.assert_allclose(to_numpy(x), to_numpy(y), atol=2e-5)
+
+
+@pytest.mark.parametrize("call", CALL.values(), ids=CALL)
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_equals_grouped_query_attention_of_keras(key_heads, call):
+    call = {name: x for name, x in call.items() if np.shape(x) != (2, 2, 13, 9)}
+    query, value = inputs(13), inputs(9, seed=1)
+    options = {"use_gate": True, "sliding_window": 10}
+    theirs = keras.layers.GroupQueryAttention(3, 4, key_heads, **options)
+    expected = theirs(query, value, **call)
+    ours = GroupedQueryAttention(3, 4, key_heads, **options)
+    ours.build(query.shape, value.shape, np.shape(call["key"]) if "key" in call else None)
+    ours.set_weights(theirs.get_weights())
+    for x, y in zip(as_tuple(ours(query, value, **call)), as_tuple(expected), strict=True):
+        np.testing.assert_allclose(to_numpy(x), to_numpy(y), atol=2e-5)
+
+
+@pytest.mark.parametrize("pattern", [Local(3), Causal() & Strided(3), PerHead([Local(2), Full()])])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_shared_keys_are_those_of_repeated_ones(pattern, key_heads):
+    """Values and gradients: against a layer that has a copy for each head of queries."""
+    x, cotangent = inputs(17), inputs(17, seed=2)
+    ours = GroupedQueryAttention(3, 4, key_heads, pattern=pattern)
+    wide = MultiHeadAttention(4, 3, pattern=pattern)
+    ours.build(x.shape, x.shape)
+    wide.build(x.shape, x.shape)
+    weights = ours.get_weights()
+    repeated = [
+        np.repeat(w.reshape(*w.shape[:-1], key_heads, 3), 4 // key_heads, axis=-2).reshape(
+            *w.shape[:-1], 12
+        )
+        if 2 <= place < 6
+        else w
+        for place, w in enumerate(weights)
+    ]
+
+    def outputs(layer, values):
+        def function(x, *values):
+            out, _ = layer.stateless_call(values, [], x, x)
+            return [out]
+
+        return outputs_and_gradients(function, [x, *values], [cotangent])
+
+    (found,), gradients = outputs(ours, weights)
+    (expected,), by_repeated = outputs(wide, repeated)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(gradients[0], by_repeated[0], atol=1e-5)
+    for gradient, other in zip(gradients[1:], by_repeated[1:], strict=True):
+        if gradient.shape != other.shape:
+            lead = gradient.shape[:-1]
+            other = (
+                other.reshape(*lead, key_heads, 4 // key_heads, 3).sum(axis=-2).reshape(*lead, -1)
+            )
+        np.testing.assert_allclose(gradient, other, atol=1e-5)
+
+
+# ---- Better where Keras errs -------------------------------------------------
+
+
+def test_an_explicit_query_mask_is_honoured():
+    x, mask = inputs(13), np.arange(13)[None] < np.array([[13], [5]])
+    layer = MultiHeadAttention(2, 4, use_bias=False)
+    found = to_numpy(layer(x, x, query_mask=mask))
+    assert not found[1, 5:].any()
+    np.testing.assert_allclose(found[mask], to_numpy(layer(x, x))[mask], atol=1e-6)
+
+
+def test_scores_change_no_output_and_a_masked_row_is_zero():
+    x = inputs(13)
+    mask = np.zeros((13, 13), bool)
+    mask[:5] = True
+    for layer in (MultiHeadAttention(2, 4), MultiHeadAttention(2, 4, dropout=0.2)):
+        alone = to_numpy(layer(x, x, attention_mask=mask))
+        beside, weights = layer(x, x, attention_mask=mask, return_attention_scores=True)
+        np.testing.assert_array_equal(alone, to_numpy(beside))
+        assert not to_numpy(weights)[:, :, 5:].any()
+
+
+def test_the_mask_of_the_callers_tensor_stays():
+    tokens = np.array([[1, 2, 3, 0, 0], [3, 3, 1, 1, 2]])
+    x = keras.layers.Embedding(4, 8, mask_zero=True)(tokens)
+    out = MultiHeadAttention(2, 4)(x, x)
+    np.testing.assert_array_equal(to_numpy(x._keras_mask), tokens > 0)
+    np.testing.assert_array_equal(to_numpy(out._keras_mask), tokens > 0)
+
+
+def test_symbolic_shapes_of_cross_attention():
+    query, value = keras.Input((5, 6)), keras.Input((9, 7))
+    for layer, heads in (
+        (MultiHeadAttention(2, 4, value_dim=3), 2),
+        (GroupedQueryAttention(4, 6, 3), 6),
+    ):
+        out, scores = layer(query, value, return_attention_scores=True)
+        assert (out.shape, scores.shape) == ((None, 5, 6), (None, heads, 5, 9))
+        found = layer(inputs(5), inputs(9, 7), return_attention_scores=True)
+        assert [tuple(x.shape) for x in found] == [(2, 5, 6), (2, heads, 5, 9)]
+
+
+def test_configs_are_whole():
+    mha = keras.layers.MultiHeadAttention(2, 4, sliding_window=3).get_config()
+    ours = MultiHeadAttention.from_config(mha)
+    assert ours.pattern == Local(2)
+    assert ours.get_config().items() >= {k: v for k, v in mha.items() if k != "dtype"}.items()
+    gqa = keras.layers.GroupQueryAttention(2, 4, 2).get_config()
+    ours = GroupedQueryAttention.from_config(gqa)
+    assert (ours.head_dim, ours.num_query_heads, ours.num_key_value_heads) == (2, 4, 2)
+
+
+# ---- Several axes of positions -----------------------------------------------
+
+
+def test_positions_run_through_all_axes_row_by_row():
+    images = np.random.default_rng(0).normal(size=(2, 4, 3, 6)).astype("float32")
+    mask = np.random.default_rng(1).random((2, 4, 3)) < 0.8
+    layer = SelfAttention(2, 4, Neighborhood((4, 3), 1), output_shape=5)
+    out, weights = layer(images, mask=mask, return_attention_scores=True)
+    flat = images.reshape(2, 12, 6)
+    expected, flat_weights = layer(flat, mask=mask.reshape(2, 12), return_attention_scores=True)
+    assert tuple(weights.shape) == (2, 2, 4, 3, 4, 3)
+    np.testing.assert_array_equal(to_numpy(out).reshape(2, 12, 5), to_numpy(expected))
+    np.testing.assert_array_equal(to_numpy(weights).reshape(2, 2, 12, 12), to_numpy(flat_weights))
+    symbolic, scores = layer(keras.Input((None, 3, 6)), return_attention_scores=True)
+    assert symbolic.shape == (None, None, 3, 5)
+    assert scores.shape == (None, 2, None, 3, None, 3)
+
+
+def test_equals_keras_with_several_axes():
+    query, value = inputs(12).reshape(2, 4, 3, 6), inputs(10, seed=1).reshape(2, 2, 5, 6)
+    mask = rng.random((2, 4, 3, 2, 5)) < 0.9
+    theirs = keras.layers.MultiHeadAttention(2, 4)
+    expected = theirs(query, value, attention_mask=mask)
+    ours = MultiHeadAttention(2, 4, attention_axes=(-2, 1))
+    ours.build(query.shape, value.shape)
+    ours.set_weights(theirs.get_weights())
+    found = ours(query, value, attention_mask=mask)
+    np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=2e-5)
+
+
+# ---- Models and files of Keras -----------------------------------------------
+
+
+def keras_model(layer=keras.layers.MultiHeadAttention, **options):
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(20, 6, mask_zero=True)(tokens)
+    x = x + layer(2, 4, name="attention", **options)(x, x, use_causal_mask=True)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(tokens, keras.layers.Dense(3)(x))
+
+
+def tokens(n=11, b=3):
+    return np.random.default_rng(n).integers(1, 20, (b, n))
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1, "use_gate": True}, {"value_dim": 5}])
+def test_a_weights_file_of_keras_loads(options, tmp_path):
+    theirs, ours = keras_model(**options), keras_model(MultiHeadAttention, **options)
+    theirs.save_weights(tmp_path / "model.weights.h5")
+    ours.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(
+        ours.predict(tokens(), verbose=0), theirs.predict(tokens(), verbose=0), atol=1e-5
+    )
+    ours.save_weights(tmp_path / "ours.weights.h5")
+    again = keras_model(MultiHeadAttention, **options)
+    again.load_weights(tmp_path / "ours.weights.h5")
+    np.testing.assert_array_equal(
+        ours.predict(tokens(), verbose=0), again.predict(tokens(), verbose=0)
+    )
+
+
+def test_a_weights_file_of_other_sizes_gets_keras_own_message(tmp_path):
+    keras_model(value_dim=5).save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="value"):
+        keras_model(MultiHeadAttention).load_weights(tmp_path / "model.weights.h5")
+
+
+def test_cloning_turns_the_layers_of_a_model_into_ours():
+    theirs = keras_model()
+
+    def convert(layer):
+        if isinstance(layer, keras.layers.MultiHeadAttention):
+            return MultiHeadAttention.from_config({**layer.get_config(), "pattern": Full()})
+        return layer.__class__.from_config(layer.get_config())
+
+    ours = keras.models.clone_model(theirs, clone_function=convert)
+    for layer, other in zip(ours.layers, theirs.layers, strict=True):
+        layer.set_weights(other.get_weights())
+    assert isinstance(ours.get_layer("attention"), MultiHeadAttention)
+    np.testing.assert_allclose(
+        ours.predict(tokens(), verbose=0), theirs.predict(tokens(), verbose=0), atol=1e-5
+    )
+
+
+def test_a_model_can_be_cloned_and_made_from_json():
+    ours = keras_model(MultiHeadAttention, pattern=Local(3))
+    for again in (keras.models.clone_model(ours), keras.models.model_from_json(ours.to_json())):
+        again.set_weights(ours.get_weights())
+        assert again.get_layer("attention").pattern == Local(3)
+        np.testing.assert_array_equal(
+            ours.predict(tokens(), verbose=0), again.predict(tokens(), verbose=0)
+        )
+
+
+class Unregistered(Pattern):
+    def __call__(self, q_pos, k_pos):
+        return q_pos >= k_pos
+
+
+def test_a_file_with_an_unknown_pattern_names_what_to_import(tmp_path, monkeypatch):
+    model = keras_model(MultiHeadAttention, pattern=Unregistered())
+    model.save(tmp_path / "model.keras")
+    monkeypatch.delattr("tests.test_drop_in.Unregistered")
+    with pytest.raises((TypeError, ValueError), match=r"(?s)Unregistered.*import"):
+        keras.models.load_model(tmp_path / "model.keras")
+
+
+# ---- Fine-tuning and quantizing ----------------------------------------------
+
+
+def dense_layers(model):
+    layer = model.get_layer("attention")
+    return [layer.query_dense, layer.key_dense, layer.value_dense, layer.output_dense]
+
+
+def test_lora_trains_and_is_saved(tmp_path):
+    model = keras_model(MultiHeadAttention, pattern=Local(3))
+    model.build((None, None))
+    for dense in dense_layers(model)[::2]:
+        dense.enable_lora(2)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    kernel = to_numpy(dense_layers(model)[0]._kernel)
+    model.fit(tokens(), np.arange(3), epochs=2, verbose=0)
+    np.testing.assert_array_equal(to_numpy(dense_layers(model)[0]._kernel), kernel)
+    assert np.abs(to_numpy(dense_layers(model)[0].lora_kernel_b)).max() > 0
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    expected = model.predict(tokens(), verbose=0)
+    np.testing.assert_allclose(again.predict(tokens(), verbose=0), expected, atol=1e-6)
+    model.save_weights(tmp_path / "model.weights.h5")
+    plain = keras_model(MultiHeadAttention, pattern=Local(3))
+    plain.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(plain.predict(tokens(), verbose=0), expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.filterwarnings("ignore:Invalid quantization mode")  # of the embedding
+@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+@pytest.mark.parametrize(
+    "make", [MultiHeadAttention, lambda *a, **k: GroupedQueryAttention(4, 2, 1, **k)]
+)
+def test_a_quantized_model_is_saved(make, mode, tmp_path):
+    model = keras_model(make, pattern=Local(3))
+    expected = model.predict(tokens(), verbose=0)
+    model.quantize(mode)
+    for dense in dense_layers(model):
+        assert dense.quantization_mode == mode
+    found = model.predict(tokens(), verbose=0)
+    assert np.abs(found - expected).max() < (0.3 if mode == "int4" else 0.1)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    for dense in dense_layers(again):
+        assert dense.quantization_mode == mode
+    np.testing.assert_allclose(again.predict(tokens(), verbose=0), found, atol=1e-6)
+
+
+def test_a_map_of_policies(tmp_path):
+    policies = keras.dtype_policies.DTypePolicyMap()
+    int8 = keras.dtype_policies.QuantizedDTypePolicy("int8", "float32")
+    policies["attention/query"] = policies["attention/value"] = int8
+    model = keras_model(MultiHeadAttention, dtype=policies)
+    modes = [dense.quantization_mode for dense in dense_layers(model)]
+    assert modes == ["int8", None, "int8", None]
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert [dense.quantization_mode for dense in dense_layers(again)] == modes
+    np.testing.assert_array_equal(
+        again.predict(tokens(), verbose=0), model.predict(tokens(), verbose=0)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "layer", [MultiHeadAttention, lambda *a, **k: GroupedQueryAttention(4, 4, 2, **k)]
+)
+def test_mixed_precision_trains_and_is_saved(layer, dtype, tmp_path):
+    model = keras_model(layer, dtype=dtype, pattern=Local(3), use_gate=True)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = model.fit(tokens(), np.arange(3), epochs=4, verbose=0).history["loss"]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(
+        again.predict(tokens(), verbose=0), model.predict(tokens(), verbose=0)
+    )
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="looks at a TensorFlow graph")
+def test_shared_keys_are_not_repeated_in_memory():
+    import tensorflow as tf
+
+    from sparse_attn import sparse_attention
+
+    n, h, d = 512, 16, 64
+    tensors = [tf.TensorSpec((1, n, heads, d)) for heads in (h, 1, 1)]
+    graph = (
+        tf.function(lambda q, k, v: sparse_attention(q, k, v, Local(16)))
+        .get_concrete_function(*tensors)
+        .graph
+    )
+    key = graph.inputs[1]
+    seen, todo = set(), [key]
+    largest = 0
+    while todo:  # what is made of the keys by moving them about alone
+        for op in todo.pop().consumers():
+            moves = op.type in {"Reshape", "Transpose", "Slice", "Pad", "PadV2", "ConcatV2", "Tile"}
+            moves = moves or op.type in {"BroadcastTo", "GatherV2", "Identity", "StridedSlice"}
+            if moves and op.name not in seen:
+                seen.add(op.name)
+                todo += op.outputs
+                largest = max(largest, *[np.prod(x.shape.as_list()) for x in op.outputs])
+    assert 0 < largest < 4 * n * d  # with halos; 16 heads of copies would be 16 times n * d
+
+
+# ---- Bad input ---------------------------------------------------------------
+
+BAD = [
+    (
+        lambda: MultiHeadAttention(2, 4, attention_axes=2)(
+            inputs(12).reshape(2, 4, 3, 6), inputs()
+        ),
+        ValueError,
+        r"`attention_axes` must be None or all axes .* Move others .* attention_axes=\(2,\)",
+    ),
+    (lambda: MultiHeadAttention(2, 4, attention_axes="x"), TypeError, "`attention_axes` must be"),
+    (
+        lambda: MultiHeadAttention(2, 4, flash_attention=True),
+        ValueError,
+        "`flash_attention` must be None or False: there is no fused kernel",
+    ),
+    (lambda: MultiHeadAttention(2, 4, flash_attention=1), TypeError, "`flash_attention` must be"),
+    (
+        lambda: MultiHeadAttention(2, 4, sliding_window=0),
+        ValueError,
+        "`sliding_window` must be .*=0",
+    ),
+    (lambda: MultiHeadAttention(2, 4, sliding_window=1.5), TypeError, "`sliding_window` must be"),
+    (lambda: MultiHeadAttention(2, 4, use_gate=2), TypeError, "`use_gate` must be True or False"),
+    (lambda: GroupedQueryAttention(0, 4, 2), ValueError, "`head_dim` must be a positive int"),
+    (lambda: GroupedQueryAttention(2, 4.5, 2), ValueError, "`num_query_heads` must be .*4.5"),
+    (
+        lambda: GroupedQueryAttention(2, 4, 3),
+        ValueError,
+        "must be divisible by .* Received: num_query_heads=4, num_key_value_heads=3",
+    ),
+    (
+        lambda: GroupedQueryAttention(2, 4, 2, pattern=PerHead([Full()] * 3))(inputs(), inputs()),
+        ValueError,
+        "The number of heads must be a multiple of 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
