@@ -195,9 +195,10 @@ class Attention(keras.layers.Layer):
         }
         # Zeros first: NaN in padding would reach the kernels' gradients.
         query = zero_masked(query, query_mask)
-        q = self._by_heads(self._query_dense(query), self._num_heads)
-        k = self._by_heads(self._key_dense(zero_masked(key, key_mask)), self._key_heads)
-        v = self._by_heads(self._value_dense(zero_masked(value, key_mask)), self._key_heads)
+        key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
+        q = _by_heads(self._query_dense(query), query, self._num_heads)
+        k = _by_heads(self._key_dense(key), key, self._key_heads)
+        v = _by_heads(self._value_dense(value), value, self._key_heads)
         if self.rotary_embedding is not None:
             q, k = self.rotary_embedding(q), self.rotary_embedding(k)
         own = {"max_score_bytes": self.max_score_bytes}
@@ -219,9 +220,6 @@ class Attention(keras.layers.Layer):
         if len(q_axes) > 1 or len(k_axes) > 1:
             weights = ops.reshape(weights, (batch, self._num_heads, *q_axes, *k_axes))
         return out, weights
-
-    def _by_heads(self, x, heads):
-        return rearrange(x, "b n (h d) -> b n h d", h=heads)
 
     def _read_pairs(self, mask, q_shape, k_shape):
         """The mask of pairs as one of bools `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)`."""
@@ -351,6 +349,16 @@ class Attention(keras.layers.Layer):
         if isinstance(policy, dtype_policies.DTypePolicyMap):
             return dtype_policies.DTypePolicyMap(policy.default_policy, {**policy, **quantized})
         return dtype_policies.DTypePolicyMap(policy, quantized)
+
+
+def _by_heads(x, like, heads):
+    """`(b, n, (h d))` to `(b, n, h, d)`, where `b` and `n` are those of `like`.
+
+    An exporter to ONNX, asked for the sizes of a product itself, answers with
+    those of the matrix that TensorFlow makes of it, `((b n), (h d))`.
+    """
+    batch, length, _ = ops.shape(like)
+    return ops.reshape(x, (batch, length, heads, x.shape[-1] // heads))
 
 
 def read_size(name, value):
