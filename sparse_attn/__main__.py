@@ -39,14 +39,15 @@ def main(argv=None):
     try:
         if arguments.pattern is not None:
             patterns = [Causal() & parse_pattern(arguments.pattern)]
+        plans = [plan(pattern, length) for pattern in patterns]
         train, held_out = read_text(arguments.text, length)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     keras.utils.set_random_seed(0)
 
     print(f"Text: {len(train):,} bytes to train on, {len(held_out):,} held out")
-    for pattern in patterns:
-        print(f"{plan(pattern, length).share:.1%} of all pairs are scored in {pattern}")
+    for pattern, its_plan in zip(patterns, plans, strict=True):
+        print(f"{its_plan.share:.1%} of all pairs are scored in {pattern}")
     shown = min(length, 512)
     print(f"The first {shown} positions, queries down and keys across:\n")
     for lines in zip(*(p.text(shown, width=48).splitlines() for p in patterns), strict=True):
@@ -60,7 +61,7 @@ def main(argv=None):
     after = bits_per_byte(model, *test)
     print(f"\nBits per byte on held-out text: {before:.2f} before and {after:.2f} after training")
     print(f"The entropy of single bytes:    {unigram_entropy(held_out):.2f}")
-    print("\nA sample:\n" + sample(model, "import os\n\n\ndef "))
+    print("\nA sample:\n" + sample(model, "import os\n\n\ndef ", shown))
     if arguments.save:
         model.save(arguments.save)
         print(f"\nSaved to {arguments.save}")
@@ -133,9 +134,10 @@ def unigram_entropy(data):
     return -sum(share * np.log2(share, where=share > 0, out=np.zeros(len(share))))
 
 
-def sample(model, prompt, count=300, temperature=0.8):
+def sample(model, prompt, length, count=300, temperature=0.8):
     """Continue the prompt. A causal model does not see what stands after a position."""
-    text = np.zeros((1, 512), "int32")
+    prompt, text = prompt[: length - 1], np.zeros((1, length), "int32")
+    count = min(count, length - len(prompt))
     text[0, : len(prompt)] = list(prompt.encode())
     rng = np.random.default_rng(2)
     for position in range(len(prompt), len(prompt) + count):

@@ -48,6 +48,9 @@ class Select(Pattern):
         arguments += [f"band={self.band!r}"] if self.band != Band() else []
         return f"Select({', '.join(arguments)})"
 
+    def rows_apart(self, n):
+        return np.zeros(0, int) if self.queries is None else self.queries.positions(n)
+
     def __call__(self, q_pos, k_pos):
         answer = self.band(q_pos, k_pos)
         for chosen, positions in ((self.queries, q_pos), (self.keys, k_pos)):

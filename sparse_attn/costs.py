@@ -272,6 +272,8 @@ def receptive_field(pattern, layers, n):
     if isinstance(pattern, PerHead):
         pattern = functools.reduce(operator.or_, dict.fromkeys(pattern.patterns))
     runs = _runs(pattern, n)
+    if _are_windows(runs, n):
+        return _field_of_windows(runs, layers, n)
     reached, settled, every = np.zeros(n, int), 0, True
     size = 64 * max(1, WORDS_AT_ONCE // (n * n.bit_length() + runs.shape[1]))
     for start in range(0, n, size):
@@ -281,6 +283,39 @@ def receptive_field(pattern, layers, n):
         settled, every = max(settled, needed), every and bool((final == len(sources)).all())
     share = float(reached.mean() / n)
     return ReceptiveField(layers, reached, share, settled, settled if every else None)
+
+
+def _are_windows(runs, n):
+    """Whether each position sees itself and neighbours without a gap, and nothing else."""
+    queries, first, last = runs
+    whole = np.array_equal(queries, np.arange(n))
+    return whole and bool(((first <= queries) & (queries <= last)).all())
+
+
+def _field_of_windows(runs, layers, n):
+    """A receptive field where what a position reaches is always a window, `low` to `high`."""
+    _, first, last = runs
+    low, high = np.arange(n), np.arange(n)
+    through, step = np.ones(n, int), 0
+    while True:
+        after = _over_runs(np.minimum, low, first, last), _over_runs(np.maximum, high, first, last)
+        if np.array_equal(after, (low, high)):
+            break
+        (low, high), step = after, step + 1
+        if step <= layers:
+            through = high - low + 1
+    to_all = step if (low == 0).all() and (high == n - 1).all() else None
+    return ReceptiveField(layers, through, float(through.mean() / n), step, to_all)
+
+
+def _over_runs(function, x, first, last):
+    """The least or the greatest of `x[first : last + 1]`, for each of some runs."""
+    levels, table, found = np.frexp(last - first + 1)[1] - 1, x, np.empty_like(x)
+    for level in range(levels.max() + 1):
+        at = levels == level
+        found[at] = function(table[first[at]], table[last[at] + 1 - 2**level])
+        table = function(table[: -(2**level)], table[2**level :])
+    return found
 
 
 def _runs(pattern, n):

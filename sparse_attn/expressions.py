@@ -17,6 +17,7 @@ def kinds():
 
 
 _NAMES = kinds()
+MOST = 1024  # patterns in a list
 _OPERATORS = {ast.BitAnd: patterns.And, ast.BitOr: patterns.Or}
 
 
@@ -45,7 +46,9 @@ def parse_pattern(text):
     if not isinstance(text, str):
         raise TypeError(f"`text` must be a str. Received: text={text!r}")
     try:
-        return _pattern(ast.parse(text.strip(), mode="eval").body)
+        found = _pattern(ast.parse(text.strip(), mode="eval").body)
+        hash(found), repr(found)  # as deep as what will be done with it
+        return found
     except (SyntaxError, MemoryError, RecursionError) as error:
         raise ValueError(f"`text` must be a pattern. Received: text={text!r} ({error})") from None
 
@@ -82,9 +85,16 @@ def _argument(node):
         case ast.BinOp(left, ast.Add(), right):
             left, right = _argument(left), _argument(right)
             if isinstance(left, list) and isinstance(right, list):
-                return left + right
+                return _check_size(left + right)
         case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))):
             left = _argument(left)
-            if isinstance(left, list) and len(left) * times <= 1024:
-                return left * times
+            if isinstance(left, list):
+                return _check_size(left * min(times, MOST + 1))
     return _pattern(node)
+
+
+def _check_size(items):
+    if len(items) > MOST or any(isinstance(item, list) for item in items):
+        told = f"A list must hold at most {MOST} patterns, and no lists."
+        raise ValueError(f"{told} Received: {len(items)} items or more")
+    return items

@@ -40,7 +40,7 @@ from sparse_attn.stream import (
     score_bytes,
 )
 from sparse_attn.tiles import Given, Tiles
-from sparse_attn.tracing import unconverted
+from sparse_attn.tracing import refuse_longer, unconverted
 
 
 @unconverted
@@ -151,7 +151,8 @@ def sparse_attention(
     check_pattern("pattern", pattern)
     q_pos = None
     if query_positions is not None:
-        q_pos = _check_positions(query_positions, query.shape[1], ops.shape(query)[1])
+        limit = pattern.max_length
+        q_pos = _check_positions(query_positions, query.shape[1], ops.shape(query)[1], limit)
     # Padding may hold anything: 0 * NaN would reach valid outputs and gradients.
     query = zero_masked(query, query_mask)
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
@@ -178,12 +179,20 @@ def sparse_attention(
     heads = [numbers for _, numbers, _ in groups]
     outs, lses = zip(*found, strict=True)
     out = zero_masked(bring_together(outs, heads, axis=2), query_mask)
+    out = _refuse_longer(out, pattern, query, key, q_pos)
     if not return_lse:
         return out
     lse = bring_together(lses, heads, axis=2)
     if query_mask is not None:
         lse = ops.where(query_mask[..., None], lse, ops.full((), LOWEST, lse.dtype))
     return out, public_lse(lse)
+
+
+def _refuse_longer(x, pattern, query, key, q_pos=None):
+    """`x`, if the lengths that were not known before are such that the pattern has a meaning."""
+    last = ops.shape(query)[1] if q_pos is None else ops.max(q_pos) + 1
+    told = f"{pattern!r} is made for lengths up to {pattern.max_length}."
+    return refuse_longer(x, (last, ops.shape(key)[1]), pattern.max_length, told)
 
 
 def head_groups(pattern, given):
@@ -350,6 +359,7 @@ def attention_weights(
     ):
         found.append(_dense_weights(q, k, share, each))
     weights = bring_together(found, [numbers for _, numbers, _ in groups], axis=1)
+    weights = _refuse_longer(weights, pattern, query, key)
     return rearrange(
         zero_masked(rearrange(weights, "b h i j -> b i h j"), query_mask), "b i h j -> b h i j"
     )
@@ -409,8 +419,16 @@ def _check_tensors(query, key, value):
 
 
 def _to_tensor(name, x):
-    if x is None or isinstance(x, (str, bytes)):
-        raise TypeError(received(name, "a tensor or an array of numbers", x))
+    requirement = "a tensor or an array of numbers"
+    if x is None or isinstance(x, (str, bytes, dict, set)):
+        raise TypeError(received(name, requirement, x))
+    if isinstance(x, (list, tuple)):
+        try:
+            x = np.asarray(x)
+        except ValueError:
+            raise ValueError(received(name, requirement, x)) from None
+        if x.dtype.kind not in "biuf":
+            raise TypeError(received(name, requirement, x))
     return ops.convert_to_tensor(x)
 
 
@@ -443,10 +461,20 @@ def _check_segments(segment_ids, query, key):
         names, pair = ("segment_ids[0]", "segment_ids[1]"), segment_ids
     else:
         names, pair = ("segment_ids", "segment_ids"), (segment_ids, segment_ids)
+    if not any(ops.is_tensor(x) for x in pair):  # numbers that are at hand may be any ints
+        arrays = [np.asarray(x) for x in pair]
+        if all(x.dtype.kind in "iu" for x in arrays):
+            _, numbers = np.unique(np.concatenate(arrays, axis=None), return_inverse=True)
+            cut = arrays[0].size
+            parts = (numbers[:cut], numbers[cut:])
+            pair = [
+                part.reshape(x.shape).astype("int32") for part, x in zip(parts, arrays, strict=True)
+            ]
     found = []
     for name, x, size in zip(names, pair, (n, m), strict=True):
-        x = check_tensor(name, _to_tensor(name, x), "int", (b, size))
-        found.append(ops.cast(x, "int32"))
+        found.append(check_tensor(name, _to_tensor(name, x), "int", (b, size)))
+    if found[0].dtype != found[1].dtype:
+        found = [ops.cast(x, "int64") for x in found]
     return found
 
 
@@ -456,18 +484,20 @@ def _four_axes(x):
     return rearrange(x, "b n m -> b 1 n m" if len(x.shape) == 3 else "n m -> 1 1 n m")
 
 
-def _check_positions(positions, known_n, n):
+def _check_positions(positions, known_n, n, limit):
+    limit = 2**31 if limit is None else limit
+    bound = "2**31" if limit == 2**31 else limit
     if isinstance(positions, (int, float, np.generic)):
         positions = check_int("query_positions", positions, minimum=0)
-        if positions + (known_n or 1) > 2**31:
-            requirement = "in [0, 2**31), up to the last query"
+        if positions + (known_n or 1) > limit:
+            requirement = f"in [0, {bound}), up to the last query"
             raise ValueError(received("query_positions", requirement, positions))
     elif isinstance(positions, (list, tuple, np.ndarray)):  # its values are at hand
         values = np.asarray(positions)
         if values.dtype.kind not in "biuf":
             raise TypeError(received("query_positions", "an int or an array of ints", positions))
-        if values.size and not (values.min() >= 0 and values.max() < 2**31):
-            raise ValueError(received("query_positions", "in [0, 2**31)", positions))
+        if values.size and not (values.min() >= 0 and values.max() < limit):
+            raise ValueError(received("query_positions", f"in [0, {bound})", positions))
     positions = ops.convert_to_tensor(positions)
     check_tensor("query_positions", positions, "int", (), (known_n,))
     positions = ops.cast(positions, "int32")

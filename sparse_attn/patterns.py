@@ -69,17 +69,36 @@ class Pattern(metaclass=_Frozen):
             `q_pos - k_pos`; True = may be attended.
         """
 
+    @property
+    def max_length(self):
+        """The pattern has no meaning at positions from here on; `None` if it has everywhere.
+
+        A pattern made for one length, such as a table, overrides this. Where a
+        length is not known before, it is looked at once it is there.
+        """
+        return None
+
     def check_lengths(self, n, m):
         """Raise `ValueError` if `n` queries and `m` keys cannot be related.
 
-        Any lengths will do for most patterns. A pattern made for one length,
-        such as a table, overrides this; combinations ask all their parts.
+        Any lengths up to `max_length` will do for most patterns. A pattern with
+        another rule overrides this; combinations ask all their parts.
 
         Args:
             n: number of queries, or `None` while it is unknown.
             m: number of keys, or `None` while it is unknown.
         """
-        del n, m
+        limit = self.max_length
+        if limit is not None and any(size is not None and size > limit for size in (n, m)):
+            raise ValueError(f"{self!r} is made for lengths up to {limit}. Received: n={n}, m={m}")
+
+    def rows_apart(self, n):
+        """Queries, of `n`, whose keys may be quite other ones than their neighbours': ints.
+
+        Pictures of long patterns, in which a few queries stand for many, look at
+        each of these.
+        """
+        return np.zeros(0, int)
 
     def mask(self, n, m=None):
         """The pattern as an `(n, m)` boolean numpy array, to look at.
@@ -123,7 +142,8 @@ class Pattern(metaclass=_Frozen):
         ████
         """
         n, m = self._lengths(n, m)
-        return pictures.text(self._answer, n, m, check_int("width", width, minimum=2))
+        width = check_int("width", width, minimum=2)
+        return pictures.text(self._answer, n, m, width, self.rows_apart(n))
 
     def svg(self, n, m=None, cells=64):
         """The pattern as a picture: queries down, keys across, darker for more pairs.
@@ -138,7 +158,7 @@ class Pattern(metaclass=_Frozen):
         """
         n, m = self._lengths(n, m)
         cells = check_int("cells", cells, minimum=1)
-        return pictures.svg(self._answer, n, m, cells, title=repr(self))
+        return pictures.svg(self._answer, n, m, cells, repr(self), self.rows_apart(n))
 
     def plot(self, n, m=None, *, weights=None, ax=None):
         """A plot of the pattern, its plan and its tiles, or of attention weights over it.
@@ -237,11 +257,28 @@ class Pattern(metaclass=_Frozen):
         return receptive_field(self, layers, n)
 
     def _repr_svg_(self):
-        """How a notebook shows a pattern: at 64 positions, or by name if it has none there."""
+        """How a notebook shows a pattern: at a telling length, or by name if it has none."""
         try:
-            return self.svg(64)
+            return self.svg(self._telling_length())
         except ValueError:
             return None
+
+    def _telling_length(self):
+        """The shortest of some lengths at which a pattern allows something and leaves much out."""
+        longest = 4096 if self.max_length is None else min(4096, self.max_length)
+        lengths = [2**i for i in range(6, 13) if 2**i < longest] + [longest]
+        shares = {}
+        for n in lengths:
+            try:
+                self.check_lengths(n, n)
+                q_pos = np.linspace(0, n - 1, min(n, 64)).astype(int)
+                shares[n] = self._answer(q_pos, np.arange(n)).mean()
+            except ValueError:  # it has another rule for lengths
+                continue
+            if 0 < shares[n] < 0.6:
+                return n
+        some = [n for n, share in shares.items() if share > 0]
+        return (some or lengths)[0]
 
     def _answer(self, q_pos, k_pos):
         """The predicate at `(n,)` by `(m,)` positions, checked: an `(n, m)` bool array."""
@@ -438,6 +475,19 @@ def _check_operands(symbol, *operands):
     for operand in operands:
         if not isinstance(operand, Pattern):
             raise TypeError(f"`{symbol}` joins patterns, such as Local(64). Received: {operand!r}")
+        if isinstance(operand, PerHead):
+            raise TypeError(
+                f"And, Or and Not take patterns of one head; write `{symbol}`, which goes into a "
+                f"PerHead. Received: {operand!r}"
+            )
+
+
+def _check_position(name, value, minimum=0):
+    """Return `value` as an int of at least `minimum` that can be a position, or raise."""
+    value = check_int(name, value, minimum)
+    if value >= 2**31:
+        raise ValueError(received(name, "an int less than 2**31", value))
+    return value
 
 
 def _join(kind, first, second):
@@ -683,7 +733,7 @@ class Global(Pattern):
             positions = positions.tolist()
         try:
             if isinstance(positions, (tuple, list, range, set, frozenset)):
-                positions = tuple(sorted({check_int("positions", x, 0) for x in positions}))
+                positions = tuple(sorted({_check_position("positions", x) for x in positions}))
             else:
                 positions = check_int("positions", positions, 0)
         except TypeError:
@@ -698,6 +748,9 @@ class Global(Pattern):
         if isinstance(self.positions, tuple):
             return Ranges.of(self.positions)
         return Ranges(((0, self.positions),) if self.positions else ())
+
+    def rows_apart(self, n):
+        return self.ranges.positions(n)
 
     def __call__(self, q_pos, k_pos):
         return self.ranges(q_pos) | self.ranges(k_pos)
@@ -733,11 +786,12 @@ class Random(Pattern):
         seed = check_int("seed", self.seed, minimum=0)
         if seed >= 2**32:
             raise ValueError(received("seed", "an int in [0, 2**32)", seed))
-        if not (self.skip is None or isinstance(self.skip, Pattern)):
-            raise TypeError(received("skip", "a Pattern of block numbers or None", self.skip))
+        skip = self.skip
+        if not (skip is None or (isinstance(skip, Pattern) and not isinstance(skip, PerHead))):
+            raise TypeError(received("skip", "a Pattern of block numbers or None", skip))
         set_fields(
             self,
-            length=check_int("length", self.length, minimum=1),
+            length=_check_position("length", self.length, minimum=1),
             block_size=check_int("block_size", self.block_size, minimum=1),
             num_blocks=check_int("num_blocks", self.num_blocks, minimum=0),
             seed=seed,
@@ -748,12 +802,9 @@ class Random(Pattern):
         """`(blocks, num_blocks)` ints, sorted: the blocks drawn; -1 where there were no more."""
         return _draw(self)
 
-    def check_lengths(self, n, m):
-        for size in (n, m):
-            if size is not None and size > self.length:
-                raise ValueError(
-                    f"{self!r} is drawn for lengths up to {self.length}. Received: n={n}, m={m}"
-                )
+    @property
+    def max_length(self):
+        return self.length
 
     def __call__(self, q_pos, k_pos):
         return listed(self.lists, q_pos // self.block_size, k_pos // self.block_size)
@@ -762,17 +813,33 @@ class Random(Pattern):
 @functools.lru_cache(maxsize=64)
 def _draw(pattern):
     blocks = -(-pattern.length // pattern.block_size)
+    count = min(pattern.num_blocks, blocks)
     state = np.random.RandomState(pattern.seed)  # its numbers are the same in every numpy
-    numbers = np.arange(blocks)
-    lists = np.full((blocks, min(pattern.num_blocks, blocks)), -1, "int32")
-    for block, row in enumerate(lists):
-        free = numbers
-        if pattern.skip is not None:
-            free = numbers[~pattern.skip._answer(numbers[block : block + 1], numbers)[0]]
-        drawn = state.permutation(free)[: len(row)]
-        row[: len(drawn)] = np.sort(drawn)
+    rows = np.arange(blocks)
+    lists = np.full((blocks, count), -1, "int32")
+    if count:
+        # Some more than are wanted, of which those that are new and not skipped are taken.
+        drawn = state.randint(0, blocks, (blocks, 2 * count + 8))
+        taken = np.zeros(drawn.shape, bool)
+        for column in range(drawn.shape[1]):
+            new = (drawn[:, :column] != drawn[:, column : column + 1]).all(axis=1)
+            taken[:, column] = new & ~_skips(pattern.skip, rows, drawn[:, column])
+        taken &= np.cumsum(taken, axis=1) <= count
+        full = taken.sum(axis=1) == count
+        lists[full] = np.sort(drawn[full][taken[full]].reshape(-1, count), axis=1)
+        for row in np.flatnonzero(~full):  # where few are left to draw from
+            free = rows[~_skips(pattern.skip, np.full(blocks, row), rows)]
+            chosen = state.permutation(free)[:count]
+            lists[row, : len(chosen)] = np.sort(chosen)
     lists.flags.writeable = False
     return lists
+
+
+def _skips(skip, rows, columns):
+    """For each pair of blocks whether a pattern allows it."""
+    if skip is None:
+        return np.zeros(len(rows), bool)
+    return np.broadcast_to(np.asarray(skip(rows, columns), bool), rows.shape)
 
 
 def listed(table, q_block, k_block):
@@ -944,8 +1011,9 @@ class Neighborhood(Pattern):
         bands = [Band(w * r, w * r, r) for w, r in zip(windows, rates, strict=True)]
         return Grid(self.shape[1:], tuple(bands))
 
-    def check_lengths(self, n, m):
-        _check_grid(self, n, m)
+    @property
+    def max_length(self):
+        return math.prod(self.shape)
 
     def __call__(self, q_pos, k_pos):
         return self.grid(q_pos, k_pos)
@@ -982,17 +1050,17 @@ class Axial(Pattern):
             for axis in axes
         ]
 
-    def check_lengths(self, n, m):
-        _check_grid(self, n, m)
+    @property
+    def max_length(self):
+        return math.prod(self.shape)
 
     def __call__(self, q_pos, k_pos):
         return functools.reduce(operator.or_, (grid(q_pos, k_pos) for grid in self.grids))
 
 
-def _check_grid(pattern, n, m):
-    points = math.prod(pattern.shape)
-    if any(size is not None and size > points for size in (n, m)):
-        raise ValueError(f"{pattern!r} has {points} positions. Received: n={n}, m={m}")
+def _shortest(*patterns):
+    limits = [pattern.max_length for pattern in patterns]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 @leaf
@@ -1008,9 +1076,16 @@ class And(Pattern):
     def __call__(self, q_pos, k_pos):
         return self.first(q_pos, k_pos) & self.second(q_pos, k_pos)
 
+    @property
+    def max_length(self):
+        return _shortest(self.first, self.second)
+
     def check_lengths(self, n, m):
-        self.first.check_lengths(n, m)
-        self.second.check_lengths(n, m)
+        for part in (self.first, self.second):
+            part.check_lengths(n, m)
+
+    def rows_apart(self, n):
+        return np.union1d(self.first.rows_apart(n), self.second.rows_apart(n))
 
     def __repr__(self):
         return f"{_wrap(self.first, Or)} & {_wrap(self.second, Or, And)}"
@@ -1029,9 +1104,16 @@ class Or(Pattern):
     def __call__(self, q_pos, k_pos):
         return self.first(q_pos, k_pos) | self.second(q_pos, k_pos)
 
+    @property
+    def max_length(self):
+        return _shortest(self.first, self.second)
+
     def check_lengths(self, n, m):
-        self.first.check_lengths(n, m)
-        self.second.check_lengths(n, m)
+        for part in (self.first, self.second):
+            part.check_lengths(n, m)
+
+    def rows_apart(self, n):
+        return np.union1d(self.first.rows_apart(n), self.second.rows_apart(n))
 
     def __repr__(self):
         return f"{self.first!r} | {_wrap(self.second, Or)}"
@@ -1049,8 +1131,15 @@ class Not(Pattern):
     def __call__(self, q_pos, k_pos):
         return self.pattern(q_pos, k_pos) ^ True  # `~` of a Python bool would be -1 or -2
 
+    @property
+    def max_length(self):
+        return self.pattern.max_length
+
     def check_lengths(self, n, m):
         self.pattern.check_lengths(n, m)
+
+    def rows_apart(self, n):
+        return self.pattern.rows_apart(n)
 
     def __repr__(self):
         return f"~{_wrap(self.pattern, And, Or)}"
@@ -1104,9 +1193,18 @@ class PerHead(Pattern):
             groups.setdefault(pattern, []).extend(heads)
         return groups
 
+    @property
+    def max_length(self):
+        return _shortest(*self.patterns)
+
     def check_lengths(self, n, m):
         for pattern in self.patterns:
             pattern.check_lengths(n, m)
+
+    def _telling_length(self):
+        longest = self.max_length
+        found = max(pattern._telling_length() for pattern in self.patterns)
+        return found if longest is None else min(found, longest)
 
     def mask(self, n, m=None):
         """The patterns as a `(patterns, n, m)` boolean numpy array; see `Pattern.mask`."""

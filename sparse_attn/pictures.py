@@ -1,8 +1,9 @@
 """Pictures of a pattern: queries down, keys across, as text or as SVG.
 
 Every picture is drawn from shares of cells: how many of a cell's pairs the
-pattern allows. In a tall cell eight queries stand for all, so that the work is
-linear in the number of keys and a pattern can be shown at any length.
+pattern allows. Where there are more than `PAIRS` of them, a few queries of a
+tall cell stand for all but those that are known to differ from their
+neighbours, so that a pattern can be shown at any length.
 """
 
 import itertools
@@ -10,30 +11,43 @@ import re
 
 import numpy as np
 
-_SAMPLES = 8
+PAIRS = 2**24  # up to here, each is asked about
+_SAMPLES = 8  # queries of a tall cell, at least
 _CELL = 6  # side of a cell in an SVG, in its own units
 _GAP = 16  # between drawings
 _ALLOWED = "#0b5fa5"
 _EMPTY = "#eef1f4"
 
 
-def shares(answer, n, m, rows, columns):
+def shares(answer, n, m, rows, columns, apart=()):
     """How full each cell of a grid over a pattern is.
 
     Args:
         answer: a predicate of `(n,)` and `(m,)` positions, giving `(n, m)` bools.
         n, m: numbers of queries and keys.
         rows, columns: numbers of cells, at most `n` and `m`.
+        apart: queries that no other one stands for, sorted ints.
 
     Returns:
         A `(rows, columns)` float array of shares in [0, 1].
     """
-    bounds = edges(m, columns)
+    bounds, apart = edges(m, columns), np.asarray(apart, int)
     k_pos = np.arange(m)
+    samples = max(_SAMPLES, PAIRS // (rows * m))
     grid = []
     for start, stop in itertools.pairwise(edges(n, rows)):
-        q_pos = np.linspace(start, stop - 1, min(_SAMPLES, stop - start)).astype(int)
+        q_pos = np.linspace(start, stop - 1, min(samples, stop - start)).astype(int)
         share = answer(q_pos, k_pos).mean(axis=0)
+        alone = apart[np.searchsorted(apart, start) : np.searchsorted(apart, stop)]
+        if len(q_pos) < stop - start and len(alone):
+            others = q_pos[~np.isin(q_pos, alone)]
+            share = answer(others, k_pos).mean(axis=0) if len(others) else 0.0
+            parts = [
+                answer(some, k_pos).sum(axis=0)
+                for some in np.array_split(alone, 1 + len(alone) // 64)
+            ]
+            weight = len(alone) / (stop - start)
+            share = share * (1 - weight) + sum(parts) / (stop - start)
         grid.append(np.add.reduceat(share, bounds[:-1]) / np.diff(bounds))
     return np.array(grid)
 
@@ -43,16 +57,16 @@ def edges(size, cells):
     return np.linspace(0, size, cells + 1).astype(int)
 
 
-def text(answer, n, m, width):
+def text(answer, n, m, width, apart=()):
     """Lines of text, one character a cell; see `Pattern.text`."""
-    grid = shares(answer, n, m, min(n, max(1, width // 2)), min(m, width))
+    grid = shares(answer, n, m, min(n, max(1, width // 2)), min(m, width), apart)
     levels = np.ceil(grid * 4 - 1e-9).astype(int)
     return "\n".join("".join(" ░▒▓█"[level] for level in line).rstrip() for line in levels)
 
 
-def svg(answer, n, m, cells, title):
+def svg(answer, n, m, cells, title, apart=()):
     """An SVG drawing, one square a cell; see `Pattern.svg`."""
-    grid = shares(answer, n, m, min(n, cells), min(m, cells))
+    grid = shares(answer, n, m, min(n, cells), min(m, cells), apart)
     height, width = (size * _CELL for size in grid.shape)
     squares = []
     for row, line in enumerate(grid):

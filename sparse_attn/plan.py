@@ -48,7 +48,7 @@ from sparse_attn.tracing import eagerly
 
 # What takes time beside the pairs, said in pairs: tiles at all; see `terms.PART_PAIRS`.
 TILE_PAIRS = 2**13
-FIND_PAIRS = 2**20  # of cheaper plans, no blocks are looked for
+FIND_PAIRS = 2**13  # of cheaper plans, no blocks are looked for
 MASK_COST = 0.25  # a mask, beside the pairs that it is of
 GATHER_COST = 16  # keys that are gathered, in rows of a block
 
@@ -157,7 +157,8 @@ def plan(pattern, n=None, m=None):
 def plan_lengths(pattern, n, m):
     """`plan` where either length may be unknown alone: `m=None` is not `n` here."""
     pattern.check_lengths(n, m)
-    return _cached_plan(pattern, n, m, len(bound.registry) + len(rewrite.registry))
+    registered = (*bound.registry.values(), *rewrite.registry.values())
+    return _cached_plan(pattern, n, m, registered)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -56,7 +56,11 @@ def _check_weights(weights, n, m):
     """The weights as a `(heads, n, m)` array."""
     from keras import ops
 
-    weights = ops.convert_to_numpy(weights)
+    try:
+        weights = ops.convert_to_numpy(weights)
+        weights = np.asarray(weights, None if "float" in str(weights.dtype) else "float64")
+    except (TypeError, ValueError):
+        raise TypeError(received("weights", "an array of numbers", weights)) from None
     if weights.ndim not in (2, 3) or weights.shape[-2:] != (n, m) or not weights.size:
         requirement = f"of shape ({n}, {m}) or (heads, {n}, {m}), as a layer's for one row are"
         raise ValueError(received("weights", requirement, weights.shape))
@@ -103,7 +107,7 @@ def _draw_plan(ax, pattern, n, m):
 
     parts = plan(pattern, n, m).parts
     shape = min(n, CELLS), min(m, CELLS)
-    shares = [pictures.shares(part.pattern._answer, n, m, *shape) for part in parts]
+    shares = [_shares(part.pattern, n, m, *shape) for part in parts]
     picture, legend = _background(*shape, n, m), []
     most = np.max(shares, axis=0, initial=0) if shares else None
     for part, share, colour in zip(parts, shares, COLOURS * len(parts), strict=False):
@@ -128,7 +132,7 @@ def _draw_weights(ax, pattern, n, m, weights):
     from matplotlib.colors import PowerNorm
 
     rows, columns = shape = min(n, CELLS), min(m, CELLS)
-    allowed = pictures.shares(pattern._answer, n, m, *shape) > 0
+    allowed = _shares(pattern, n, m, *shape) > 0
     edges = pictures.edges(n, rows), pictures.edges(m, columns)
     means = np.add.reduceat(np.add.reduceat(weights, edges[0][:-1], 0), edges[1][:-1], 1)
     means = means / (np.diff(edges[0])[:, None] * np.diff(edges[1]))
@@ -138,6 +142,10 @@ def _draw_weights(ax, pattern, n, m, weights):
     image = _show(ax, np.ma.masked_where(~allowed, means), n, m, cmap="cividis", norm=norm)
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.7, location="bottom", extend="max")
     bar.set_label("mean weight of a pair")
+
+
+def _shares(pattern, n, m, rows, columns):
+    return pictures.shares(pattern._answer, n, m, rows, columns, pattern.rows_apart(n))
 
 
 def _background(rows, columns, n, m):

@@ -26,8 +26,12 @@ class Recipe(Pattern):
     def pattern(self):
         """The `Pattern` that it stands for."""
 
-    def check_lengths(self, n, m):
-        self.pattern.check_lengths(n, m)
+    @property
+    def max_length(self):
+        return self.pattern.max_length
+
+    def rows_apart(self, n):
+        return self.pattern.rows_apart(n)
 
     def __call__(self, q_pos, k_pos):
         return self.pattern(q_pos, k_pos)
@@ -50,7 +54,11 @@ class Longformer(Recipe):
     global_positions: int | tuple[int, ...] = 1
 
     def __post_init__(self):
-        positions = Global(self.global_positions).positions
+        try:
+            positions = Global(self.global_positions).positions
+        except (TypeError, ValueError) as error:
+            told = str(error).replace("`positions`", "`global_positions`")
+            raise type(error)(told.replace(" positions=", " global_positions=")) from None
         set_fields(self, window=Local(self.window).window, global_positions=positions)
 
     @property
@@ -62,6 +70,8 @@ class Longformer(Recipe):
 class BigBird(Recipe):
     """Neighbouring blocks, the first and the last block for all, and random blocks.
 
+    `Blocks(block_size, reach=1) | Global(the first and the last block) |
+    Random(length, block_size, num_random_blocks, seed, skip=the others)`.
     A block of queries sees itself, the block on each side of it, the first
     block, the last one, and `num_random_blocks` others that are drawn for it.
     The first and the last block see everything.

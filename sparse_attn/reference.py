@@ -33,7 +33,7 @@ def dense_attention(
         query: `(b, n, h, d)` array.
         key: `(b, m, g, d)` array; each of its heads serves `h / g` heads of queries.
         value: `(b, m, g, e)` array.
-        pattern: a `Pattern`, or any predicate `(q_pos, k_pos) -> bool`.
+        pattern: a `Pattern`, a `PerHead`, or any predicate `(q_pos, k_pos) -> bool`.
         query_mask: `(b, n)` bools, True = valid, or `None`.
         key_mask: `(b, m)` bools, True = valid, or `None`.
         segment_ids: `(b, n)` ints, or a pair of them for queries and keys, or `None`.
@@ -64,8 +64,13 @@ def dense_attention(
     if query_positions is not None:
         first = np.asarray(query_positions)
         q_pos = first if first.ndim else first + q_pos
-    allowed = np.asarray(pattern(q_pos[:, None], np.arange(m)[None, :]))
-    allowed = np.broadcast_to(allowed, (b, h, n, m))
+    patterns = getattr(pattern, "patterns", [pattern])  # those of a `PerHead`
+    allowed = [
+        np.broadcast_to(np.asarray(each(q_pos[:, None], np.arange(m)[None, :])), (n, m))
+        for each in patterns
+        for _ in range(h // len(patterns))
+    ]
+    allowed = np.broadcast_to(np.stack(allowed), (b, h, n, m))
     if attention_mask is not None:
         allowed = allowed & _heads(attention_mask)
     if segment_ids is not None:

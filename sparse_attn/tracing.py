@@ -115,7 +115,9 @@ def map_range(function, count):
     import tensorflow as tf
 
     specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, function(numbers[0]))
-    options = {"fn_output_signature": specs, "parallel_iterations": AT_ONCE}
+    options = {"fn_output_signature": specs}
+    if not tf.executing_eagerly():
+        options["parallel_iterations"] = AT_ONCE
     return tf.map_fn(function, numbers, **options)
 
 
@@ -129,6 +131,28 @@ def fold_range(function, count, first):
         lambda i, so_far: i < count,
         lambda i, so_far: (i + 1, function(i, so_far)),
         (1, first),
-        parallel_iterations=AT_ONCE,
+        parallel_iterations=1 if tf.executing_eagerly() else AT_ONCE,
     )
     return found
+
+
+def refuse_longer(x, sizes, limit, told):
+    """`x`, once it is certain that some sizes are at most `limit`.
+
+    A size that is an int has been looked at before. Of others, TensorFlow
+    raises an error while it runs; XLA, where it cannot, gives NaN.
+
+    Args:
+        x: a float tensor.
+        sizes: ints or int tensors.
+        limit: an int, or `None` for no limit.
+        told: a str, what the error says.
+    """
+    sizes = [size for size in sizes if not isinstance(size, int)]
+    if limit is None or not sizes or keras.backend.backend() != "tensorflow":
+        return x
+    import tensorflow as tf
+
+    longest = tf.reduce_max([tf.cast(size, "int32") for size in sizes])
+    with tf.control_dependencies([tf.debugging.assert_less_equal(longest, limit, told)]):
+        return tf.where(longest <= limit, x, tf.cast(float("nan"), x.dtype))

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from sparse_attn import PerHead, sparse_attention
+from sparse_attn import sparse_attention
 from sparse_attn.reference import dense_attention
 
 BACKEND = keras.backend.backend()
@@ -86,12 +86,11 @@ def assert_equals_oracle(
         oracle_options.pop(name, None)
     oracle_options |= oracle_options.pop("oracle", {})
     options.pop("oracle", None)
-    predicate = of_heads(pattern, h) if isinstance(pattern, PerHead) else pattern
-    _, lse = dense_attention(q, k, v, predicate, **oracle_options)
+    _, lse = dense_attention(q, k, v, pattern, **oracle_options)
     out_grad = rng.normal(size=(*q.shape[:3], v.shape[-1])).astype(FLOAT)
     lse_grad = np.where(np.isfinite(lse), rng.normal(size=lse.shape), 0).astype(FLOAT)
     out, lse, expected = dense_attention(
-        q, k, v, predicate, out_grad=out_grad, lse_grad=lse_grad, **oracle_options
+        q, k, v, pattern, out_grad=out_grad, lse_grad=lse_grad, **oracle_options
     )
     inputs = [q, k, v] if bias is None else [q, k, v, bias.astype(FLOAT)]
 
@@ -104,18 +103,6 @@ def assert_equals_oracle(
     close(found[1], lse, f"lse of {pattern!r}")
     for name, gradient in zip(expected, gradients, strict=False):
         close(gradient, expected[name], f"gradient of {pattern!r} by {name}")
-
-
-def of_heads(pattern, num_heads):
-    """A `PerHead` as one predicate, whose answers are `(num_heads, n, m)`."""
-    share = num_heads // len(pattern.patterns)
-    patterns = [each for each in pattern.patterns for _ in range(share)]
-
-    def predicate(q_pos, k_pos):
-        shape = np.broadcast_shapes(q_pos.shape, k_pos.shape)
-        return np.stack([np.broadcast_to(each(q_pos, k_pos), shape) for each in patterns])
-
-    return predicate
 
 
 def close(found, expected, what, dtype=FLOAT):

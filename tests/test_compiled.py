@@ -7,6 +7,7 @@ import pytest
 from sparse_attn import (
     Atrous,
     Band,
+    BigBird,
     Blocks,
     Causal,
     Dilated,
@@ -287,3 +288,22 @@ def test_one_length_may_be_unknown_and_segments_known(pattern, n, m):
         )
         expected, _ = dense_attention(q, k, v, pattern, segment_ids=segment_ids)
         close(function(q, k, v), expected, "out")
+
+
+@pytest.mark.parametrize(
+    "pattern", [BigBird(16, 2), Random(16, 4, 2), Neighborhood((4, 4), 1)], ids=repr
+)
+def test_a_length_that_was_unknown_and_is_too_long_is_refused(pattern):
+    def function(x):
+        return sparse_attention(x, x, x, pattern)
+
+    signature = [tf.TensorSpec((None, None, 2, 4))]
+    plain = tf.function(function, input_signature=signature)
+    xla = tf.function(function, input_signature=signature, jit_compile=True)
+    good, bad = (random_inputs(n, n, dtype="float32")[0] for n in (16, 17))
+    expected, _ = dense_attention(good, good, good, pattern)
+    np.testing.assert_allclose(plain(good), expected, atol=1e-5)
+    np.testing.assert_allclose(xla(good), expected, atol=1e-5)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="is made for lengths up to 16"):
+        plain(bad)
+    assert np.isnan(xla(bad)).all()  # it has no errors

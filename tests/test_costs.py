@@ -157,7 +157,7 @@ def test_wrong_arguments_of_a_cost(arguments, error, message):
 
 
 def test_a_length_that_the_pattern_cannot_relate():
-    with pytest.raises(ValueError, match="drawn for lengths up to 300"):
+    with pytest.raises(ValueError, match="made for lengths up to 300"):
         BigBird(300, 16).cost(301)
     with pytest.raises(ValueError, match="multiple of 2"):
         PerHead([Local(1), Full()]).cost(10, num_heads=3)
@@ -226,6 +226,21 @@ def test_a_receptive_field_is_that_of_matrix_powers(pattern, n):
         assert field.share == pytest.approx(expected.mean())
         assert field.layers_to_settle == len(reached) - 1
         assert field.layers_to_all == (len(reached) - 1 if reached[-1].all() else None)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Local(300), Local(1), Causal(), Causal() & Local(40)], ids=repr
+)
+def test_a_receptive_field_of_windows_is_fast_and_that_of_all_bits(pattern, monkeypatch):
+    fast = pattern.receptive_field(2, 700)
+    monkeypatch.setattr("sparse_attn.costs._are_windows", lambda runs, n: False)
+    slow = pattern.receptive_field(2, 700)
+    np.testing.assert_array_equal(fast.reached, slow.reached)
+    assert (fast.layers_to_settle, fast.layers_to_all) == (
+        slow.layers_to_settle,
+        slow.layers_to_all,
+    )
+    assert fast.share == slow.share
 
 
 def test_a_receptive_field_of_sources_in_several_turns(monkeypatch):

@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 
 from sparse_attn import (
     Atrous,
+    Axial,
+    BigBird,
     Blocks,
     Causal,
     Full,
     Local,
+    Neighborhood,
     Pattern,
     Prefix,
     Strided,
@@ -23,6 +26,7 @@ from sparse_attn.functional import attention_weights
 from sparse_attn.reference import dense_attention
 from tests.cases import EXPRESSIONS, LEAVES, LENGTHS, UNEQUAL, expressions, lengths
 from tests.compare import (
+    BACKEND,
     FLOAT,
     assert_equals_oracle,
     close,
@@ -636,3 +640,30 @@ def test_atrous_of_one_is_full():
         to_numpy(sparse_attention(q, k, v, Full())),
         "out",
     )
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_segments_may_have_any_ints_for_numbers(as_tensor):
+    if as_tensor and BACKEND == "jax":
+        pytest.skip("JAX's ints are of 32 bits")
+    q, k, v = random_inputs(8, 8, b=1)
+    ids = np.array([[1] * 4 + [1 + 2**32] * 4])
+    given = keras.ops.convert_to_tensor(ids) if as_tensor else ids
+    found = sparse_attention(q, k, v, Full(), segment_ids=given)
+    expected, _ = dense_attention(q, k, v, Full(), segment_ids=ids)
+    close(to_numpy(found), expected, "out")
+    other = np.array([[1, 1 + 2**32, 1, 1]], "int64")
+    found = sparse_attention(q, k[:, :4], v[:, :4], Full(), segment_ids=(ids, other))
+    expected, _ = dense_attention(q, k[:, :4], v[:, :4], Full(), segment_ids=(ids, other))
+    close(to_numpy(found), expected, "out")
+
+
+@pytest.mark.parametrize(
+    "pattern", [BigBird(8, 2), Neighborhood((2, 4), 1), Axial((2, 4)) & Local(3)]
+)
+def test_query_positions_beyond_what_a_pattern_is_made_for(pattern):
+    q, k, v = random_inputs(3, 8)
+    sparse_attention(q, k, v, pattern, query_positions=5)
+    for positions in (6, np.array([1, 2, 8])):
+        with pytest.raises(ValueError, match=r"`query_positions` must be in \[0, 8\)"):
+            sparse_attention(q, k, v, pattern, query_positions=positions)

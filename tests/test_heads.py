@@ -20,7 +20,7 @@ from sparse_attn import (
     sparse_attention,
 )
 from sparse_attn.functional import attention_weights
-from sparse_attn.layers import MultiHeadAttention
+from sparse_attn.layers import MultiHeadAttention, SelfAttention
 from sparse_attn.reference import dense_attention
 from tests.cases import expressions, lengths
 from tests.compare import FLOAT, close, outputs_and_gradients, random_inputs, random_masks, to_numpy
@@ -159,3 +159,10 @@ X = np.ones((1, 6, 3, 4), "float32")
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_self_attention_of_heads_is_saved_causal_or_not(causal):
+    layer = SelfAttention(4, 4, PerHead([Local(1), Full()]), causal=causal)
+    again = SelfAttention.from_config(layer.get_config())
+    assert (again.pattern, again.causal) == (layer.pattern, causal)

@@ -28,6 +28,7 @@ from sparse_attn import (
     Longformer,
     Neighborhood,
     Pattern,
+    PerHead,
     Prefix,
     PrefixLM,
     Random,
@@ -35,11 +36,12 @@ from sparse_attn import (
     StreamingLLM,
     Strided,
     parse_pattern,
+    pictures,
 )
 from sparse_attn.patterns import look_up
 from tests.cases import EXPRESSIONS, LEAVES, Diagonals, Near, expressions
 
-DRAWN_BLOCKS = [[1, 2], [2, 4], [0, 2], [3, 5], [1, 5], [3, 5]]
+DRAWN_BLOCKS = [[3, 5], [1, 4], [2, 4], [1, 4], [1, 3], [1, 2]]
 
 DRAWN = {
     Full(): """
@@ -543,9 +545,9 @@ BAD = [
     (lambda: Random(9, 2, -1), ValueError, "`num_blocks` must be a non-negative int"),
     (lambda: Random(9, seed=2**32), ValueError, r"`seed` must be an int in \[0, 2\*\*32\)"),
     (lambda: Random(9, skip=3), TypeError, "`skip` must be a Pattern of block numbers or None"),
-    (lambda: Random(9, 2).mask(10), ValueError, r"is drawn for lengths up to 9. .*n=10, m=10"),
+    (lambda: Random(9, 2).mask(10), ValueError, r"is made for lengths up to 9. .*n=10, m=10"),
     (lambda: BigBird(9, num_random_blocks=-1), ValueError, "`num_random_blocks` must be a non-neg"),
-    (lambda: BigBird(9).mask(10), ValueError, r"is drawn for lengths up to 9. .*n=10, m=10"),
+    (lambda: BigBird(9).mask(10), ValueError, r"is made for lengths up to 9. .*n=10, m=10"),
     (lambda: Neighborhood(5, 1), TypeError, "`shape` must be a tuple of positive ints. .*shape=5"),
     (lambda: Neighborhood((), 1), ValueError, r"`shape` must be .* Received: shape=\(\)"),
     (lambda: Neighborhood((3, 0), 1), ValueError, r"`shape` must be .*shape=\(3, 0\)"),
@@ -556,9 +558,13 @@ BAD = [
         r"`window` must be a non-negative int or a tuple of 2 of them. .*=\(1, 2, 3\)",
     ),
     (lambda: Neighborhood((3, 3), 1, 0), ValueError, "`dilation` must be a positive int. .*=0"),
-    (lambda: Neighborhood((3, 3), 1).mask(10), ValueError, "has 9 positions. Received: n=10, m=10"),
+    (
+        lambda: Neighborhood((3, 3), 1).mask(10),
+        ValueError,
+        "is made for lengths up to 9. Received: n=10, m=10",
+    ),
     (lambda: Axial((3,)), ValueError, r"`shape` must be a tuple of at least 2 .*shape=\(3,\)"),
-    (lambda: Axial((3, 2)).mask(7), ValueError, "has 6 positions. Received: n=7, m=7"),
+    (lambda: Axial((3, 2)).mask(7), ValueError, "is made for lengths up to 6. Received: n=7, m=7"),
     (lambda: Grid((3,), (Band(),)), ValueError, "`bands` must be 2 of Band. Received: bands="),
     (lambda: Grid((3,), 1), TypeError, "`bands` must be a tuple of Band. Received: bands=1"),
     (lambda: Longformer(-1), ValueError, "`window` must be a non-negative int or a pair"),
@@ -615,3 +621,69 @@ def test_a_predicate_may_answer_with_one_bool():
     assert Always().mask(3).all()
     assert not (~Always()).mask(3).any()
     np.testing.assert_array_equal((Always() & Causal()).mask(3), Causal().mask(3))
+
+
+@pytest.mark.parametrize("n", [64, 4096, 40960])
+def test_rows_of_global_positions_are_in_every_picture(n):
+    places = (1, n // 3, n - 2)
+    for pattern in (Global(places), Local(2) | Global(places), Longformer(2, places)):
+        lines = pattern.text(n, width=32).splitlines()
+        for place in places:
+            assert set(lines[place * len(lines) // n]) <= set("░▒▓█")
+            assert len(lines[place * len(lines) // n]) == 32
+        assert " " in lines[8]
+
+
+def test_a_cell_is_as_full_as_its_pairs_where_they_are_asked_about():
+    pattern, n = Local(40) | Global((5, 1003)), 2048
+    found = pictures.shares(pattern._answer, n, n, 16, 16, pattern.rows_apart(n))
+    expected = pattern.mask(n).reshape(16, 128, 16, 128).mean(axis=(1, 3))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_a_notebook_shows_a_pattern_at_a_length_that_tells_something():
+    for pattern in (
+        BigBird(4096),
+        Longformer(256, 2),
+        Local(64),
+        PrefixLM(128),
+        Axial((64, 64)),
+        Random(4096),
+        Neighborhood((7, 7), 1),
+        BigBird(48, 4, 2),
+    ):
+        n = pattern._telling_length()
+        assert 0 < pattern.mask(n).mean() < 0.6
+        assert f"{n} queries" in pattern._repr_svg_()
+    for pattern in (Full(), Causal(), Prefix(0), PerHead([Local(64), BigBird(100, 8)])):
+        assert "<svg" in pattern._repr_svg_()
+
+
+@pytest.mark.parametrize("skip", [None, Local(1), ~Local(3)])
+def test_random_blocks_are_as_many_as_there_are_and_none_twice(skip):
+    for length, count in ((400, 3), (400, 30), (40, 5), (10, 1)):
+        pattern = Random(length, 10, count, seed=2, skip=skip)
+        blocks = length // 10
+        for block, row in enumerate(pattern.lists):
+            drawn = row[row >= 0]
+            free = [k for k in range(blocks) if skip is None or not skip(block, k)]
+            assert len(drawn) == len(set(drawn.tolist())) == min(count, len(free))
+            assert set(drawn.tolist()) <= set(free)
+
+
+def test_drawing_takes_time_of_the_blocks_alone():
+    lists = Random(2**24, 64, 3, seed=1, skip=Local(1)).lists  # 2**18 blocks
+    assert lists.shape == (2**18, 3)
+    assert (lists >= 0).all()
+    # Each block is drawn as often as any other, about.
+    counts = np.bincount(lists.reshape(-1) // 2**14, minlength=16)
+    assert np.abs(counts / counts.mean() - 1).max() < 0.03
+
+
+def test_lengths_of_a_combination_are_those_of_its_parts():
+    pattern = Causal() & (BigBird(40, 4) | Local(3))
+    assert pattern.max_length == 40
+    assert (~pattern).max_length == PerHead([Full(), pattern]).max_length == 40
+    assert (Causal() | Local(3)).max_length is None
+    with pytest.raises(ValueError, match=r"BigBird\(40, 4\) is made for lengths up to 40"):
+        pattern.mask(41)

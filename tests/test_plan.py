@@ -30,11 +30,11 @@ from sparse_attn import (
 )
 from sparse_attn.bounds import Lists, Select
 from sparse_attn.chosen import Chosen
-from sparse_attn.functional import _Tiles
 from sparse_attn.layouts import Gather, Halo, Nested, Stairs
 from sparse_attn.patterns import Ranges
 from sparse_attn.plan import bound, plan_at
 from sparse_attn.terms import MAX_PARTS
+from sparse_attn.tiles import Given, Tiles
 from tests.cases import (
     EXPRESSIONS,
     LEAVES,
@@ -59,7 +59,7 @@ def counts(parts, n, m, q_pos=None):
     for part in parts:
         queries, keys = Chosen(part.queries, n), Chosen(part.keys, m)
         layout = part.layout.at(queries.count, keys.count)
-        tiles = _Tiles(part, layout, queries, keys, q_pos)
+        tiles = Tiles(part, layout, queries, keys, Given((0,), q_pos=q_pos))
         # The row that a query or a key came from goes through the cut as its vector does.
         rows, columns = (
             x.pick(keras.ops.arange(1, x.size + 1, dtype="int32")[None, :, None, None])
@@ -318,7 +318,8 @@ def test_only_blocks_at_the_edge_are_masked():
                 return self.pattern(q_pos, k_pos)
 
         spied = dataclasses.replace(part, pattern=Spy())
-        tiles = _Tiles(spied, part.layout, Chosen(part.queries, n), Chosen(None, n))
+        chosen = Chosen(part.queries, n), Chosen(None, n)
+        tiles = Tiles(spied, part.layout, *chosen, Given((0,)))
         for mask in tiles.masks[0]:
             mask.function(*mask.tensors)
         assert asked == [part.bound.partial * part.bound.size]
@@ -436,3 +437,19 @@ def test_a_short_sequence_is_dense_where_parts_cost_more_than_they_save(default_
     assert plan(Local(16), 128).share == 1
     assert plan(Local(16), 256).share < 0.5
     assert plan(Atrous(4), 128).share == 0.25
+
+
+def test_a_bound_that_is_corrected_counts():
+    class Mine(Pattern):
+        def __call__(self, q_pos, k_pos):
+            return (q_pos - k_pos) ** 2 <= 9
+
+    bound.register(Mine, lambda pattern: Band(100, 100))
+    wide = plan(Mine()).scored_pairs
+    bound.register(Mine, lambda pattern: Band(3, 3))
+    assert plan(Mine()).scored_pairs < wide
+
+
+@pytest.mark.parametrize("n", [100, 255, 500, 900])
+def test_an_own_predicate_costs_what_the_same_pattern_does(n, default_costs):
+    assert plan(Near(4), n).share == pytest.approx(plan(Local(4), n).share, rel=0.01)

@@ -135,7 +135,7 @@ def test_weights_of_another_shape(shape):
 def test_lengths_are_checked():
     with pytest.raises(ValueError, match=r"`n` must be a positive int\. Received: n=0"):
         Local(3).plot(0)
-    with pytest.raises(ValueError, match="drawn for lengths up to 300"):
+    with pytest.raises(ValueError, match="made for lengths up to 300"):
         BigBird(300, 16).plot(400)
 
 

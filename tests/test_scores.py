@@ -31,7 +31,6 @@ from tests.compare import (
     FLOAT,
     assert_equals_oracle,
     close,
-    of_heads,
     outputs_and_gradients,
     random_inputs,
     random_masks,
@@ -171,11 +170,11 @@ def dense_bias(table, n, m):
     return table[:, distance], distance
 
 
-def by_each_score(q, k, v, predicate, bias, out_grad, masks):
+def by_each_score(q, k, v, pattern, bias, out_grad, masks):
     """The gradient by the bias of each row of the batch by itself."""
     bias = np.broadcast_to(bias, (len(q), *bias.shape))
     options = {"bias": bias, "out_grad": out_grad, **masks}
-    return dense_attention(q, k, v, predicate, **options)[2]["bias"]
+    return dense_attention(q, k, v, pattern, **options)[2]["bias"]
 
 
 @kept_or_not
@@ -201,9 +200,8 @@ def test_gradients_of_what_is_trained(given_as, pattern, max_score_bytes):
 
     (out,), found = outputs_and_gradients(function, [q, k, v, table, factors], [out_grad])
     bias, distance = dense_bias(table, n, n)
-    predicate = of_heads(pattern, h) if isinstance(pattern, PerHead) else pattern
     expected, _, gradients = dense_attention(
-        q, k, v, predicate, bias=bias[None], out_grad=out_grad, **masks
+        q, k, v, pattern, bias=bias[None], out_grad=out_grad, **masks
     )
     close(out, expected, "out")
     for name, gradient in zip(("query", "key", "value"), found, strict=False):
@@ -215,7 +213,7 @@ def test_gradients_of_what_is_trained(given_as, pattern, max_score_bytes):
     if given_as == "mod":  # a factor of 1: its gradient is that of the bias by the scores
         scores = np.einsum("bihd,bjhd->bhij", q, np.repeat(k, 2, axis=2)) / 2
         valid = masks["query_mask"][:, None, :, None] & masks["key_mask"][:, None, None, :]
-        by_score = by_each_score(q, k, v, predicate, bias, out_grad, masks)
+        by_score = by_each_score(q, k, v, pattern, bias, out_grad, masks)
         close(found[4], np.where(valid, by_score * scores, 0).sum(axis=(0, 2, 3)), "factors")
 
 

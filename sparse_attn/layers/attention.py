@@ -6,11 +6,11 @@ import keras
 from einops import rearrange
 from keras import constraints, dtype_policies, initializers, ops, regularizers
 
-from sparse_attn.checks import check_bool, check_int, check_rate, received
+from sparse_attn.checks import check_bool, check_int, check_rate, check_tensor, received
 from sparse_attn.functional import attention_weights, sparse_attention
 from sparse_attn.layers.projection import Projection, as_shaped
 from sparse_attn.masking import check_mask, zero_masked
-from sparse_attn.patterns import Causal, Full, Local, check_pattern
+from sparse_attn.patterns import Causal, Full, Local, PerHead, check_pattern
 from sparse_attn.scores import read_mods
 from sparse_attn.stream import MAX_SCORE_BYTES
 
@@ -60,6 +60,8 @@ class Attention(keras.layers.Layer):
         if sliding_window is not None:
             window = Local(self._sliding_window - 1)
             self.pattern = window if self.pattern == Full() else window & self.pattern
+        if isinstance(self.pattern, PerHead):
+            self.pattern.groups(num_heads)  # as many heads as it can share out
         self.score_mod = _read_score_mod(score_mod, num_heads)
         self.rotary_embedding = _read_layer("rotary_embedding", rotary_embedding)
         self.dropout = check_rate("dropout", dropout)
@@ -301,6 +303,10 @@ class Attention(keras.layers.Layer):
         ):
             if mask is not None:
                 check_mask(name, keras.KerasTensor(mask.shape, "bool"), *allowed)
+        pair = segment_ids if isinstance(segment_ids, (list, tuple)) else [segment_ids] * 2
+        for ids, allowed in zip(pair, (q_shape, k_shape), strict=False):
+            if ids is not None:
+                check_tensor("segment_ids", ids, "int", (allowed[0], _length((*allowed, 1))))
         out = keras.KerasTensor(shape, dtype=self.compute_dtype)
         if not return_attention_scores:
             return out

@@ -46,8 +46,8 @@ class SelfAttention(MultiHeadAttention):
 
     def __init__(self, num_heads, key_dim, pattern=None, causal=False, **kwargs):
         self.causal = check_bool("causal", causal)
-        pattern = read_pattern(pattern)
-        pattern = Causal() & pattern if causal else pattern
+        self._plain_pattern = read_pattern(pattern)
+        pattern = Causal() & self._plain_pattern if causal else self._plain_pattern
         super().__init__(num_heads, key_dim, pattern=pattern, **kwargs)
 
     def build(self, query_shape):
@@ -89,12 +89,9 @@ class SelfAttention(MultiHeadAttention):
     def get_config(self):
         return {
             **super().get_config(),
-            "pattern": keras.saving.serialize_keras_object(self._before_causal()),
+            "pattern": keras.saving.serialize_keras_object(self._plain_pattern),
             "causal": self.causal,
         }
-
-    def _before_causal(self):
-        return self._given_pattern.second if self.causal else self._given_pattern
 
 
 class _NamedSelfAttention(SelfAttention):
@@ -103,7 +100,7 @@ class _NamedSelfAttention(SelfAttention):
     def get_config(self):
         config = super().get_config()
         del config["pattern"]
-        return {**config, **self._before_causal().get_config()}
+        return {**config, **self._plain_pattern.get_config()}
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")

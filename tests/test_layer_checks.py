@@ -1,0 +1,63 @@
+"""Every layer passes the checks that Keras and KerasHub run on theirs."""
+
+import pytest
+
+from sparse_attn import layers
+from sparse_attn.patterns import Causal, Local, Strided
+from sparse_attn.scores import ALiBi, SoftCap
+from tests.layer_checks import check_layer
+
+SELF = {"query": (2, "n", 6)}
+CROSS = {"query": (2, "n", 6), "value": (2, "m", 5)}
+INPUTS = {"inputs": (2, "n", 6)}
+CASES = {
+    "multi-head": (layers.MultiHeadAttention, (2, 4), {"pattern": Local(2)}, CROSS, 8),
+    "gate": (
+        layers.MultiHeadAttention,
+        (2, 4, 3),
+        {"pattern": Causal() & Strided(3), "use_gate": True, "use_bias": False},
+        CROSS,
+        5,
+    ),
+    "dropout": (layers.MultiHeadAttention, (2, 4), {"dropout": 0.2, "sliding_window": 3}, CROSS, 8),
+    "losses": (layers.MultiHeadAttention, (2, 4), {"kernel_regularizer": "l2"}, CROSS, 8),
+    "scores": (
+        layers.MultiHeadAttention,
+        (2, 4),
+        {"score_mod": [SoftCap(5), ALiBi(2)], "output_shape": 3},
+        CROSS,
+        8,
+    ),
+    "grouped": (layers.GroupedQueryAttention, (4, 4, 2), {"pattern": Local(2)}, CROSS, 8),
+    "grouped gate": (layers.GroupedQueryAttention, (4, 4, 1), {"use_gate": True}, CROSS, 10),
+    "self": (layers.SelfAttention, (2, 4, Causal() & Local(3)), {}, SELF, 8),
+    "atrous": (layers.AtrousSelfAttention, (2, 4, 2), {"causal": True}, SELF, 8),
+    "local": (layers.LocalSelfAttention, (2, 4, (3, None)), {}, SELF, 8),
+    "strided": (layers.StridedSelfAttention, (2, 4, 3), {}, SELF, 8),
+    "embedding": (layers.PositionEmbedding, (20,), {}, INPUTS, 1),
+    "sine": (layers.SinePositionEncoding, (), {}, INPUTS, 0),
+    "rotary": (layers.RotaryEmbedding, (), {}, INPUTS, 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "options", "shapes", "weights"), CASES.values(), ids=CASES
+)
+def test_layer(kind, args, options, shapes, weights, tmp_path):
+    check_layer(
+        lambda **given: kind(*args, **options, **given),
+        shapes,
+        num_weights=weights,
+        num_losses=4 if "kernel_regularizer" in options else 0,
+        num_seed_generators=1 if "dropout" in options else 0,
+        quantizes=weights > 0,
+        folder=tmp_path,
+    )
+
+
+def test_no_layer_is_left_out():
+    tested = {kind for kind, *_ in CASES.values()}
+    # `RelativePositionBias` is called with positions; `test_positions.py` tests it.
+    assert {getattr(layers, name) for name in layers.__all__} - tested == {
+        layers.RelativePositionBias
+    }
