@@ -39,15 +39,15 @@ def main(argv=None):
     try:
         if arguments.pattern is not None:
             patterns = [Causal() & parse_pattern(arguments.pattern)]
-        plans = [plan(pattern, length) for pattern in patterns]
+        shares = [plan(pattern, length).share for pattern in patterns]
         train, held_out = read_text(arguments.text, length)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     keras.utils.set_random_seed(0)
 
     print(f"Text: {len(train):,} bytes to train on, {len(held_out):,} held out")
-    for pattern, its_plan in zip(patterns, plans, strict=True):
-        print(f"{its_plan.share:.1%} of all pairs are scored in {pattern}")
+    for pattern, share in zip(patterns, shares, strict=True):
+        print(f"{share:.1%} of all pairs are scored in {pattern}")
     shown = min(length, 512)
     print(f"The first {shown} positions, queries down and keys across:\n")
     for lines in zip(*(p.text(shown, width=48).splitlines() for p in patterns), strict=True):
@@ -137,10 +137,8 @@ def unigram_entropy(data):
 def sample(model, prompt, length, count=300, temperature=0.8):
     """Continue the prompt. A causal model does not see what stands after a position."""
     prompt, text = prompt[: length - 1], np.zeros((1, length), "int32")
-    count = min(count, length - len(prompt))
-    text[0, : len(prompt)] = list(prompt.encode())
-    rng = np.random.default_rng(2)
-    for position in range(len(prompt), len(prompt) + count):
+    text[0, : len(prompt)], rng = list(prompt.encode()), np.random.default_rng(2)
+    for position in range(len(prompt), min(len(prompt) + count, length)):
         logits = model.predict_on_batch(text)[0, position - 1] / temperature
         chances = np.exp(logits - logits.max(), dtype="float64")
         text[0, position] = rng.choice(256, p=chances / chances.sum())

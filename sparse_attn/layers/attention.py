@@ -4,10 +4,11 @@ import math
 
 import keras
 from einops import rearrange
-from keras import constraints, dtype_policies, initializers, ops, regularizers
+from keras import constraints, initializers, ops, regularizers
 
 from sparse_attn.checks import check_bool, check_int, check_rate, check_tensor, received
 from sparse_attn.functional import attention_weights, sparse_attention
+from sparse_attn.layers.policies import policy_of, with_policies
 from sparse_attn.layers.projection import Projection, as_shaped
 from sparse_attn.masking import check_mask, zero_masked
 from sparse_attn.patterns import Causal, Full, Local, PerHead, check_pattern
@@ -145,17 +146,11 @@ class Attention(keras.layers.Layer):
             activity_regularizer=self.sublayer_activity_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
-            dtype=self._policy_of(name),
+            dtype=policy_of(self, name),
             name=name,
         )
         layer.build(shape)
         return layer
-
-    def _policy_of(self, name):
-        """The policy of a sublayer: a Dense that holds a whole map of them cannot be saved."""
-        policy = self.dtype_policy
-        is_map = isinstance(policy, dtype_policies.DTypePolicyMap)
-        return policy[f"{self.path}/{name}"] if is_map else policy
 
     def set_weights(self, weights):
         """Set the weights from arrays, which may have the shapes of Keras' attention layers."""
@@ -337,24 +332,7 @@ class Attention(keras.layers.Layer):
             "seed": self.seed,
             "max_score_bytes": self.max_score_bytes,
         }
-        policies = self._own_policies()
-        if policies:
-            config["dtype"] = keras.saving.serialize_keras_object(policies)
-        return config
-
-    def _own_policies(self):
-        """The policies of this layer and its quantized sublayers; `None` if none is."""
-        quantized = {
-            sub.path: sub.dtype_policy
-            for sub in self._flatten_layers(include_self=False)
-            if getattr(sub, "quantization_mode", None) is not None
-        }
-        policy = self.dtype_policy
-        if not quantized:
-            return None
-        if isinstance(policy, dtype_policies.DTypePolicyMap):
-            return dtype_policies.DTypePolicyMap(policy.default_policy, {**policy, **quantized})
-        return dtype_policies.DTypePolicyMap(policy, quantized)
+        return with_policies(self, config)
 
 
 def _by_heads(x, like, heads):

@@ -6,6 +6,7 @@ import keras
 from keras import initializers, ops
 
 from sparse_attn.checks import check_bool, check_int, check_positive, received
+from sparse_attn.layers.policies import policy_of, with_policies
 from sparse_attn.scores import PositionBias, tensors_of
 
 
@@ -50,16 +51,16 @@ class PositionEmbedding(keras.layers.Layer):
         self.sequence_length = check_int("sequence_length", sequence_length, minimum=1)
         self.initializer = initializers.get(initializer)
 
-    def build(self, input_shape):
-        _check_rank(input_shape)
+    def build(self, inputs_shape):
+        _check_rank(inputs_shape)
         self.embedding = keras.layers.Embedding(
             self.sequence_length,
-            input_shape[-1],
+            inputs_shape[-1],
             embeddings_initializer=self.initializer,
-            dtype=self.dtype_policy,
+            dtype=policy_of(self, "embedding"),
             name="embedding",
         )
-        self.embedding.build(input_shape[:-1])
+        self.embedding.build(inputs_shape[:-1])
 
     def call(self, inputs, start_index=0):
         start_index = _check_start(start_index)
@@ -73,18 +74,19 @@ class PositionEmbedding(keras.layers.Layer):
         positions = _positions(inputs, start_index)
         return ops.broadcast_to(self.embedding(positions)[None], ops.shape(inputs))
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
 
     def compute_output_spec(self, inputs, start_index=0):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self):
-        return {
+        config = {
             **super().get_config(),
             "sequence_length": self.sequence_length,
             "initializer": initializers.serialize(self.initializer),
         }
+        return with_policies(self, config)
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
@@ -119,8 +121,8 @@ class SinePositionEncoding(keras.layers.Layer):
         self.supports_masking = True
         self.max_wavelength = check_positive("max_wavelength", max_wavelength)
 
-    def build(self, input_shape):
-        _check_rank(input_shape)
+    def build(self, inputs_shape):
+        _check_rank(inputs_shape)
 
     def call(self, inputs, start_index=0):
         features = inputs.shape[-1]
@@ -130,8 +132,8 @@ class SinePositionEncoding(keras.layers.Layer):
         waves = ops.reshape(waves, (-1, 2 * angles.shape[-1]))[:, :features]
         return ops.broadcast_to(ops.cast(waves, self.compute_dtype)[None], ops.shape(inputs))
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
 
     def compute_output_spec(self, inputs, start_index=0):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
@@ -183,12 +185,12 @@ class RotaryEmbedding(keras.layers.Layer):
         self.max_wavelength = check_positive("max_wavelength", max_wavelength)
         self.scaling_factor = check_positive("scaling_factor", scaling_factor)
 
-    def build(self, input_shape):
-        features = input_shape[-1]
-        if len(input_shape) not in (3, 4) or features is None or features % 2:
+    def build(self, inputs_shape):
+        features = inputs_shape[-1]
+        if len(inputs_shape) not in (3, 4) or features is None or features % 2:
             raise ValueError(
                 "`inputs` must have shape (batch, length, heads, features) or (batch, length, "
-                f"features), an even number of features. Received: shape={tuple(input_shape)}"
+                f"features), an even number of features. Received: shape={tuple(inputs_shape)}"
             )
 
     def call(self, inputs, start_index=0, positions=None):
@@ -206,8 +208,8 @@ class RotaryEmbedding(keras.layers.Layer):
         turned = [first * cos - second * sin, second * cos + first * sin]
         return ops.concatenate(turned, axis=-1)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
 
     def compute_output_spec(self, inputs, start_index=0, positions=None):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
@@ -292,7 +294,7 @@ class RelativePositionBias(keras.layers.Layer, PositionBias):
             self.num_buckets,
             self.num_heads,
             embeddings_initializer=self.embeddings_initializer,
-            dtype=self.dtype_policy,
+            dtype=policy_of(self, "embedding"),
             name="embedding",
         )
         self.embedding.build((None,))
@@ -328,7 +330,7 @@ class RelativePositionBias(keras.layers.Layer, PositionBias):
         return (self.num_heads, q_pos_shape[0], k_pos_shape[0])
 
     def get_config(self):
-        return {
+        config = {
             **super().get_config(),
             "num_heads": self.num_heads,
             "num_buckets": self.num_buckets,
@@ -336,6 +338,7 @@ class RelativePositionBias(keras.layers.Layer, PositionBias):
             "bidirectional": self.bidirectional,
             "embeddings_initializer": initializers.serialize(self.embeddings_initializer),
         }
+        return with_policies(self, config)
 
 
 def _check_rank(shape):
