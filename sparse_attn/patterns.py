@@ -195,7 +195,8 @@ class Pattern(metaclass=_Frozen):
         Pairs and operations are counted. Bytes are those of a process with
         TensorFlow on a CPU, known lengths and the default `max_score_bytes`:
         the peak, less what it had before there were query, key and value.
-        They are right within a quarter, about.
+        They are right within a quarter, about; of a `Neighborhood` with three
+        axes or with dilation, up to twice as many are used.
 
         Args:
             length: number of queries and of keys, a positive int.

@@ -16,6 +16,7 @@ TILES = 512  # of a part that has more of them, none is outlined
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 AHEAD, BEHIND, OUTLINE = "#e4e7ea", "#ffffff", "#24292f"
 SIDE = 5.0  # of a plot, in inches
+LONGEST = 3  # times as long as it is high, or the other way: beyond, cells are no squares
 
 
 def plot(pattern, n, m=None, weights=None, ax=None):
@@ -37,7 +38,8 @@ def plot(pattern, n, m=None, weights=None, ax=None):
     ax.set_title(textwrap.fill(repr(pattern), 52, max_lines=3), fontsize="medium", color=OUTLINE)
     ax.set_xlabel("key position")
     ax.set_ylabel("query position")
-    ax.locator_params(nbins=8, integer=True)
+    for axis, share in (("x", m / n), ("y", n / m)):
+        ax.locator_params(axis=axis, nbins=8 if share > 0.5 else 4, integer=True)
     return ax
 
 
@@ -87,10 +89,10 @@ def _plot_heads(pyplot, pattern, n, m, weights, axes):
 
 def _subplots(pyplot, patterns, n, m, weights):
     """A figure with room for a plot of each pattern, and its axes."""
-    below = 0.8
+    below = 2.0  # titles, labels and a bar
     if weights is None:
-        below += 0.4 * max(len(plan(pattern, n, m)) for pattern in patterns)
-    size = len(patterns) * SIDE, min(2 * SIDE, SIDE * n / m) + below
+        below = 1.6 + 0.4 * max(len(plan(pattern, n, m)) for pattern in patterns)
+    size = len(patterns) * SIDE, float(np.clip(SIDE * n / m, SIDE / LONGEST, 2 * SIDE)) + below
     figure, axes = pyplot.subplots(
         1, len(patterns), figsize=size, layout="constrained", squeeze=False
     )
@@ -142,6 +144,8 @@ def _draw_weights(ax, pattern, n, m, weights):
     image = _show(ax, np.ma.masked_where(~allowed, means), n, m, cmap="cividis", norm=norm)
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.7, location="bottom", extend="max")
     bar.set_label("mean weight of a pair")
+    ticks = np.array([0, 0.25, 1]) * norm.vmax  # equally far apart
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
 
 
 def _shares(pattern, n, m, rows, columns):
@@ -162,7 +166,9 @@ def _rgb(colour):
 
 
 def _show(ax, picture, n, m, **options):
-    return ax.imshow(picture, extent=(0, m, n, 0), interpolation="nearest", zorder=0, **options)
+    aspect = "equal" if 1 / LONGEST <= n / m <= LONGEST else "auto"
+    options |= {"extent": (0, m, n, 0), "interpolation": "nearest", "aspect": aspect}
+    return ax.imshow(picture, zorder=0, **options)
 
 
 def _outline(ax, tiles, colour):
