@@ -7,6 +7,7 @@ from keras import ops
 
 from sparse_attn.layouts import crop
 from sparse_attn.masking import zero_masked
+from sparse_attn.tracing import gather
 
 
 class Chosen:
@@ -89,7 +90,7 @@ def _pick(x, rows, back):
     def pick(x, rows, back):
         count = ops.shape(x)[1]
         inside = (rows >= 0) & (rows < count)
-        found = zero_masked(ops.take(x, ops.where(inside, rows, 0), axis=1), inside[None])
+        found = zero_masked(gather(x, ops.where(inside, rows, 0), axis=1), inside[None])
 
         def grad(*given, upstream=None):
             upstream = given[-1] if upstream is None else upstream

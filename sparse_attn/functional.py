@@ -190,9 +190,12 @@ def sparse_attention(
 
 def _refuse_longer(x, pattern, query, key, q_pos=None):
     """`x`, if the lengths that were not known before are such that the pattern has a meaning."""
+    limit = pattern.max_length
+    if limit is None:
+        return x
     last = ops.shape(query)[1] if q_pos is None else ops.max(q_pos) + 1
-    told = f"{pattern!r} is made for lengths up to {pattern.max_length}."
-    return refuse_longer(x, (last, ops.shape(key)[1]), pattern.max_length, told)
+    told = f"{pattern!r} is made for lengths up to {limit}."
+    return refuse_longer(x, (last, ops.shape(key)[1]), limit, told)
 
 
 def head_groups(pattern, given):

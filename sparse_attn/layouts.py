@@ -47,7 +47,7 @@ import numpy as np
 from einops import rearrange
 from keras import ops
 
-from sparse_attn.tracing import eagerly, sum_segments
+from sparse_attn.tracing import eagerly, gather, is_symbolic, least, most, sum_segments
 
 # Sizes of tiles. The row "tiles" of the benchmark compares them with their halves and doubles.
 WIDTH_FACTOR = 64  # the width of a tile is the root of this many times its band's
@@ -65,12 +65,12 @@ def crop(x, start, length):
         length: int or int tensor.
     """
     rows = ops.shape(x)[1]
-    before = _most(-start, 0)
-    after = _most(start + length - rows, 0)
+    before = most(-start, 0)
+    after = most(start + length - rows, 0)
     if _may_be_positive(before) or _may_be_positive(after):
         x = ops.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (len(x.shape) - 2))
         rows = rows + before + after
-    start = _most(start, 0)
+    start = most(start, 0)
     known = all(isinstance(size, int) for size in (start, length, rows))
     if known and (start, length) == (0, rows):
         return x
@@ -84,14 +84,6 @@ def take(x, start, size, axis):
     starts = [0] * len(shape)
     starts[axis], shape[axis] = start, size
     return ops.slice(x, starts, shape)
-
-
-def _least(a, b):
-    return min(a, b) if isinstance(a, int) and isinstance(b, int) else ops.minimum(a, b)
-
-
-def _most(a, b):
-    return max(a, b) if isinstance(a, int) and isinstance(b, int) else ops.maximum(a, b)
 
 
 def _may_be_positive(size):
@@ -201,13 +193,13 @@ class Halo:
     def at(self, n, m):
         """The layout for lengths of which one is a tensor: no tile is much longer than they are."""
         ahead = self.last - self.width
-        if self.n is not None or self.first > 0 or ahead < 0:
+        if self.n is not None or self.first > 0 or ahead < 0 or is_symbolic(n) or is_symbolic(m):
             return self
-        longest = _most(n, m)
-        rate = _least(self.rate, longest)
+        longest = most(n, m)
+        rate = least(self.rate, longest)
         rows = _blocks(longest, rate)
-        width = _least(self.width, rows)
-        first, last = -_least(-self.first, rows), width + _least(ahead, rows)
+        width = least(self.width, rows)
+        first, last = -least(-self.first, rows), width + least(ahead, rows)
         return replace(self, rate=rate, width=width, first=first, last=last)
 
     def cut(self, pairs):
@@ -276,9 +268,9 @@ class Halo:
         """The blocks that hold a tile's keys: their shifts, and which rows of them: start, size."""
         low, high = self.shifts
         for shift in range(low, high + 1):
-            start = _least(_most(self.first - shift * self.width, 0), self.width)
-            stop = _least(self.last - shift * self.width, self.width)
-            yield shift, start, _most(stop - start, 0)
+            start = least(most(self.first - shift * self.width, 0), self.width)
+            stop = least(self.last - shift * self.width, self.width)
+            yield shift, start, most(stop - start, 0)
 
     def sample(self, q_pos, k_pos):
         low, high = self.shifts
@@ -368,7 +360,9 @@ class Stairs:
         """The layout for lengths of which one is a tensor: no more residues than they have rows."""
         if self.rate == 1 or not (self.n is None or self.m is None):
             return self
-        return replace(self, rate=_least(self.rate, _most(n, m)))
+        if is_symbolic(n) or is_symbolic(m):
+            return self
+        return replace(self, rate=least(self.rate, most(n, m)))
 
     def cut(self, pairs):
         steps = []
@@ -454,7 +448,7 @@ class Stairs:
         x = crop(x, 0, _blocks(ops.shape(x)[1], self.rate) * self.rate)
         x = rearrange(x, "b (u r) h d -> (b h r) u d", r=self.rate)
         rows = ops.shape(x)[1]
-        ends = [rows if end is None else _least(end, rows) for _, end in ranges]
+        ends = [rows if end is None else least(end, rows) for _, end in ranges]
         tiles = [crop(x, start, end - start) for (start, _), end in zip(ranges, ends, strict=True)]
         return [rearrange(x, "(b h r) i d -> b h r i d", h=heads, r=self.rate) for x in tiles]
 
@@ -670,7 +664,7 @@ def take_rows(x, rows):
     """
     length = ops.shape(x)[1]
     x = rearrange(crop(x, 0, length + 1), "b n h d -> b h n d")
-    return ops.take(x, _existing(rows, length), axis=2)
+    return gather(x, _existing(rows, length), axis=2)
 
 
 def add_rows(tiles, rows, length):
@@ -688,7 +682,7 @@ def add_rows(tiles, rows, length):
     if isinstance(length, int) and all(isinstance(numbers, np.ndarray) for numbers in rows):
         places = _places(np.concatenate(rows), length)
         if places.size <= 2 * max(length, x.shape[2]):
-            x = ops.take(ops.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), places, axis=2)
+            x = gather(ops.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), places, axis=2)
             x = x[:, :, :, 0] if x.shape[3] == 1 else ops.sum(x, axis=3)
             return rearrange(x, "b h n d -> b n h d")
     rows = [_existing(numbers, length) for numbers in rows]
@@ -703,6 +697,8 @@ def add_rows(tiles, rows, length):
 
 def _existing(rows, length):
     """The numbers as int32, where those of no row are `length`."""
+    if not isinstance(length, int):
+        rows = ops.convert_to_tensor(rows)
     inside = (rows >= 0) & (rows < length)
     if isinstance(inside, np.ndarray):
         return np.where(inside, rows, length).astype("int32")

@@ -1130,7 +1130,8 @@ class Not(Pattern):
         _check_operands("~", self.pattern)
 
     def __call__(self, q_pos, k_pos):
-        return self.pattern(q_pos, k_pos) ^ True  # `~` of a Python bool would be -1 or -2
+        # `~` of a Python bool would be -1 or -2, and `^` cannot be exported from PyTorch.
+        return self.pattern(q_pos, k_pos) == (q_pos != q_pos)
 
     @property
     def max_length(self):

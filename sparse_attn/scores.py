@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from sparse_attn.checks import check_int, check_positive, received
+from sparse_attn.tracing import gather
 
 
 def saved(cls):
@@ -106,7 +107,7 @@ class ALiBi(PositionBias):
 
     def bias(self, q_pos, k_pos, head):
         distance = ops.cast(ops.abs(q_pos - k_pos), "float32")
-        return -ops.take(ops.convert_to_tensor(self.slopes), head) * distance
+        return -gather(ops.convert_to_tensor(self.slopes), head, axis=0) * distance
 
 
 def _slopes(num_heads):

@@ -29,6 +29,7 @@ from sparse_attn.tracing import (
     AT_ONCE,
     after,
     fold_range,
+    is_traced_to_export,
     map_range,
     may_differentiate,
     pull_back,
@@ -164,6 +165,7 @@ def attend_tiles(
     num_inputs = len(inputs)
     # Of a plain function it is not known what it needs a gradient for.
     written_out = mods is None or is_differentiable(mods.mods)
+    written_out = written_out and not is_traced_to_export()
     keep = written_out and not schedule.streamed and may_differentiate(differentiable)
 
     def pieces(inputs, keep):

@@ -76,6 +76,21 @@ def unlinked(tensor):
     return tensor.detach() if keras.backend.backend() == "torch" else tensor
 
 
+def gather(x, numbers, axis):
+    """`ops.take`, in operations that PyTorch can export.
+
+    Args:
+        x: a tensor.
+        numbers: ints of any shape, an array or a tensor, none negative.
+        axis: int, not negative; it is replaced by the axes of `numbers`.
+    """
+    if keras.backend.backend() != "torch":
+        return ops.take(x, numbers, axis=axis)
+    numbers = ops.convert_to_tensor(numbers).long()
+    found = x.index_select(axis, numbers.reshape(-1))
+    return found.reshape((*x.shape[:axis], *numbers.shape, *x.shape[axis + 1 :]))
+
+
 def sum_segments(x, numbers, count):
     """`ops.segment_sum`, which on PyTorch would give float32 whatever it got.
 
@@ -145,14 +160,50 @@ def refuse_longer(x, sizes, limit, told):
     Args:
         x: a float tensor.
         sizes: ints or int tensors.
-        limit: an int, or `None` for no limit.
+        limit: an int.
         told: a str, what the error says.
     """
     sizes = [size for size in sizes if not isinstance(size, int)]
-    if limit is None or not sizes or keras.backend.backend() != "tensorflow":
+    if not sizes or keras.backend.backend() != "tensorflow":
         return x
     import tensorflow as tf
 
     longest = tf.reduce_max([tf.cast(size, "int32") for size in sizes])
     with tf.control_dependencies([tf.debugging.assert_less_equal(longest, limit, told)]):
         return tf.where(longest <= limit, x, tf.cast(float("nan"), x.dtype))
+
+
+def least(a, b):
+    """The lesser of two sizes: ints, int tensors, or what JAX exports unknown lengths as."""
+    return _either(min, ops.minimum, "min_dim", a, b)
+
+
+def most(a, b):
+    """The larger of two sizes, likewise."""
+    return _either(max, ops.maximum, "max_dim", a, b)
+
+
+def is_symbolic(size):
+    """Whether a size is a name, as JAX exports unknown lengths: little can be asked of it."""
+    return keras.backend.backend() == "jax" and not isinstance(size, int)
+
+
+def _either(of_ints, of_tensors, of_dims, a, b):
+    if isinstance(a, int) and isinstance(b, int):
+        return of_ints(a, b)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return getattr(jax.core, of_dims)(a, b)
+    if keras.backend.backend() == "torch":  # whose sizes are int64, also where they are exported
+        a, b = (ops.cast(x, "int64") for x in (a, b))
+    return of_tensors(a, b)
+
+
+def is_traced_to_export():
+    """Whether PyTorch traces a model to export it; it cannot do so through a custom gradient."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -27,14 +27,14 @@ ALLOWED = {
     | {"checks", "layouts", "patterns", "terms", "tracing"},
     "costs": {"functools", "itertools", "math", "operator", "dataclasses", "numpy", "einops"}
     | {"keras", "bounds", "checks", "layouts", "patterns", "plan", "stream", "terms", "tracing"},
-    "chosen": {"itertools", "einops", "keras", "layouts", "masking"},
+    "chosen": {"itertools", "einops", "keras", "layouts", "masking", "tracing"},
     "attend": {"checks", "functools", "einops", "keras", "masking"},
     "tracing": {"contextlib", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "typing", "keras"}
     | {"einops", "attend", "layouts", "masking", "scores", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
     "show": {"argparse", "os", "pathlib", "sys", "parse_pattern", "patterns", "plan"},
-    "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks"},
+    "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks", "tracing"},
     "tiles": {"functools", "math", "dataclasses", "einops", "keras", "bounds", "checks"}
     | {"masking", "patterns", "plan", "scores", "stream", "terms"},
     "functional": {"itertools", "dataclasses", "keras", "numpy", "einops", "attend", "bounds"}

@@ -8,6 +8,7 @@ from keras import initializers, ops
 from sparse_attn.checks import check_bool, check_int, check_positive, received
 from sparse_attn.layers.policies import policy_of, with_policies
 from sparse_attn.scores import PositionBias, tensors_of
+from sparse_attn.tracing import gather
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
@@ -319,7 +320,7 @@ class RelativePositionBias(keras.layers.Layer, PositionBias):
 
     def bias(self, q_pos, k_pos, head, table):
         place = self.buckets(k_pos - q_pos) * self.num_heads + head
-        return ops.take(ops.reshape(table, (-1,)), place)
+        return gather(ops.reshape(table, (-1,)), place, axis=0)
 
     def call(self, q_pos, k_pos):
         heads = ops.arange(self.num_heads, dtype="int32")[:, None, None]
