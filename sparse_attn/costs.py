@@ -310,8 +310,9 @@ def _field_of_windows(runs, layers, n):
 
 
 def _over_runs(function, x, first, last):
-    """The least or the greatest of `x[first : last + 1]`, for each of some runs."""
-    levels, table, found = np.frexp(last - first + 1)[1] - 1, x, np.empty_like(x)
+    """The least, the greatest or the union of `x[first : last + 1]`, for each of some runs."""
+    levels = np.frexp(last - first + 1)[1] - 1  # exact: these are small ints
+    table, found = x, np.empty((len(first), *x.shape[1:]), x.dtype)
     for level in range(levels.max() + 1):
         at = levels == level
         found[at] = function(table[first[at]], table[last[at] + 1 - 2**level])
@@ -350,18 +351,13 @@ def _spread(runs, sources, layers, n):
         through any number of them; and the least number after which no more are.
     """
     queries, first, last = runs
-    levels = np.frexp(last - first + 1)[1] - 1  # exact: these are small ints
     asked, starts = np.unique(queries, return_index=True)
     bits = np.zeros((n, -(-len(sources) // 64)), "uint64")
     places = sources - sources[0]
     bits[sources, places // 64] = np.uint64(1) << (places % 64).astype("uint64")
     through, step = _count_bits(bits), 0
     while len(asked):
-        seen, table = np.zeros((len(queries), bits.shape[1]), "uint64"), bits
-        for level in range(levels.max() + 1):
-            at = levels == level
-            seen[at] = table[first[at]] | table[last[at] + 1 - 2**level]
-            table = table[: -(2**level)] | table[2**level :]
+        seen = _over_runs(np.bitwise_or, bits, first, last)
         after = bits.copy()
         after[asked] |= np.bitwise_or.reduceat(seen, starts, axis=0)
         if np.array_equal(after, bits):
