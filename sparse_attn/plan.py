@@ -163,9 +163,13 @@ def plan_lengths(pattern, n, m):
 
 @functools.lru_cache(maxsize=1024)
 def _cached_plan(pattern, n, m, registered):
-    parts = _disjoint(terms_of(pattern, n, m), n, m)
+    spread = terms_of(pattern, n, m)
+    parts = _disjoint(terms.fuse(spread, n, m), n, m)
     if n is not None and m is not None and _may_find(pattern, parts, n, m):
         others = [_disjoint(found, n, m) for found in _found(pattern, parts, n, m)]
+        if len(spread) > 1:
+            narrow = [found for term in spread for found in _narrowed(term, n, m)]
+            others.append(_disjoint(terms.fuse(narrow, n, m), n, m))
         parts = min(parts, *others, key=_spent)
     pairs = sum(part.scored_pairs for part in parts)
     if parts and pairs + TILE_PAIRS + terms.PART_PAIRS * (len(parts) - 1) >= cost(Band(), n, m):
@@ -219,6 +223,14 @@ def _found(pattern, parts, n, m):
     for size in {base, *blocks.SIZES}:
         if size % base == 0:
             yield _listed(pattern, found.merged(size // base), n, m)
+
+
+def _narrowed(term, n, m):
+    """Terms of the pairs of a term, in bounds that are found where its predicate is opaque."""
+    if not term.is_opaque:
+        return [term]
+    found = _found(term.pattern, _disjoint([term], n, m), n, m)
+    return min([term], *found, key=lambda each: _spent(_disjoint(each, n, m)))
 
 
 def columns_of(parts, m):

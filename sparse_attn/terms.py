@@ -112,21 +112,30 @@ class Term:
     def is_exact(self):
         return self.bound == self.pattern
 
+    @property
+    def is_opaque(self):
+        """Whether its bound may be wider than need be, since a predicate is opaque."""
+        return not self.is_exact and is_opaque(self.pattern)
+
     def is_within(self, other):
         """Whether `other` certainly allows all that this term does."""
         return other.is_exact and contains(other.bound, self.bound)
 
 
 def terms_of(pattern, n, m):
-    """Spread a pattern into terms joined by "or"; they may overlap."""
+    """Spread a pattern into terms joined by "or"; they may overlap.
+
+    Those of known and those of opaque predicates are not yet fused with each other.
+    """
     pattern = registered(rewrite, pattern)
     kind = type(pattern)
     if kind is Or:
-        return _fuse(terms_of(pattern.first, n, m) + terms_of(pattern.second, n, m), n, m)
+        found = terms_of(pattern.first, n, m) + terms_of(pattern.second, n, m)
+        return fuse(found, n, m, opaque_apart=True)
     if kind is And:
         pairs = itertools.product(terms_of(pattern.first, n, m), terms_of(pattern.second, n, m))
         met = (meet_terms(a, b, n, m) for a, b in pairs)
-        return _fuse([x for x in met if x is not None], n, m)
+        return fuse([x for x in met if x is not None], n, m, opaque_apart=True)
     if kind is Not:
         return _complement(registered(rewrite, pattern.pattern), n, m)
     return term_within(registered(bound, pattern), pattern, n, m)
@@ -183,15 +192,29 @@ def meet_terms(a, b, n, m):
     return Term(cheaper, a.pattern & b.pattern)
 
 
-def _fuse(terms, n, m):
-    """Join terms while that saves more than a part costs, and until there are few."""
+def fuse(terms, n, m, *, opaque_apart=False):
+    """Join terms while that saves more than a part costs, and until there are few.
+
+    Args:
+        terms: a list of `Term`.
+        n, m: the lengths, or `None`.
+        opaque_apart: whether terms of opaque predicates, whose bounds may yet be
+            found, are left alone while there are few.
+
+    Returns:
+        A list of `Term`.
+    """
     terms = list(dict.fromkeys(terms))
     while len(terms) > 1:
         fusions = []
         for a, b in itertools.combinations(terms, 2):
+            if opaque_apart and len(terms) <= MAX_PARTS and (a.is_opaque or b.is_opaque):
+                continue
             fused = _either(a, b)
             saved = cost(a.bound, n, m) + cost(b.bound, n, m) - cost(fused.bound, n, m)
             fusions.append((saved, a, b, fused))
+        if not fusions:
+            break
         saved, a, b, fused = max(fusions, key=lambda fusion: fusion[0])
         if saved + PART_PAIRS < 0 and len(terms) <= MAX_PARTS:
             break

@@ -453,3 +453,19 @@ def test_a_bound_that_is_corrected_counts():
 @pytest.mark.parametrize("n", [100, 255, 500, 900])
 def test_an_own_predicate_costs_what_the_same_pattern_does(n, default_costs):
     assert plan(Near(4), n).share == pytest.approx(plan(Local(4), n).share, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("own", "known"),
+    [
+        (Near(64) | Atrous(64), Local(64) | Atrous(64)),
+        (Atrous(64) | Near(64), Atrous(64) | Local(64)),
+        (Causal() & (Near(64) | Atrous(64)), Causal() & (Local(64) | Atrous(64))),
+        (Near(32) | Global(3), Local(32) | Global(3)),
+        (Near(16) | Near(0, (40, 3)) | Local(16), Local(16)),
+    ],
+    ids=str,
+)
+def test_an_own_predicate_is_found_beside_other_patterns(own, known, default_costs):
+    assert plan(own, 4096).scored_pairs <= 1.1 * plan(known, 4096).scored_pairs
+    check(own, 700, 700)
