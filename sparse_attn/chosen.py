@@ -34,8 +34,9 @@ class Chosen:
             rows = ranges.positions(size if known else ranges.ranges[-1][1])
             self.count, self.positions = len(rows), ops.convert_to_tensor(rows)
         else:
-            base = ranges.positions(ranges.period)
-            starts = ops.arange(-(-size // ranges.period), dtype="int32") * ranges.period
+            period = ranges.period
+            base = ops.convert_to_tensor(ranges.positions(period))
+            starts = ops.arange((size + period - 1) // period, dtype="int32") * period
             self.positions = rearrange(starts[:, None] + base[None, :], "t i -> (t i)")
             self.count = ops.shape(self.positions)[0]
 

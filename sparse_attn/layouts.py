@@ -47,7 +47,16 @@ import numpy as np
 from einops import rearrange
 from keras import ops
 
-from sparse_attn.tracing import eagerly, gather, is_symbolic, least, most, sum_segments
+from sparse_attn.tracing import (
+    eagerly,
+    gather,
+    is_symbolic,
+    least,
+    most,
+    pad_rows,
+    sum_segments,
+    take,
+)
 
 # Sizes of tiles. The row "tiles" of the benchmark compares them with their halves and doubles.
 WIDTH_FACTOR = 64  # the width of a tile is the root of this many times its band's
@@ -68,22 +77,8 @@ def crop(x, start, length):
     before = most(-start, 0)
     after = most(start + length - rows, 0)
     if _may_be_positive(before) or _may_be_positive(after):
-        x = ops.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (len(x.shape) - 2))
-        rows = rows + before + after
-    start = most(start, 0)
-    known = all(isinstance(size, int) for size in (start, length, rows))
-    if known and (start, length) == (0, rows):
-        return x
-    shape = ops.shape(x)
-    return ops.slice(x, (0, start) + (0,) * (len(shape) - 2), (shape[0], length, *shape[2:]))
-
-
-def take(x, start, size, axis):
-    """`size` entries along an axis, from `start` on, which may be a tensor."""
-    shape = list(ops.shape(x))
-    starts = [0] * len(shape)
-    starts[axis], shape[axis] = start, size
-    return ops.slice(x, starts, shape)
+        x = pad_rows(x, before, after)
+    return take(x, most(start, 0), length, axis=1)
 
 
 def _may_be_positive(size):
@@ -293,9 +288,8 @@ class Halo:
         heads = x.shape[2]
         # Blocks first: to slice the first axis is no copy.
         x = rearrange(x, "b (u w r) h d -> u (b h r) w d", w=self.width, r=self.rate)
-        _, rows, _, dim = ops.shape(x)
         pieces = [
-            ops.slice(x, (shift - low, 0, start, 0), (blocks, rows, size, dim))
+            take(take(x, shift - low, blocks, axis=0), start, size, axis=2)
             for shift, start, size in self._pieces()
         ]
         x = pieces[0] if len(pieces) == 1 else ops.concatenate(pieces, axis=2)
@@ -305,10 +299,9 @@ class Halo:
         low, high = self.shifts
         heads = tiles[0].shape[1]
         x = rearrange(tiles[0], "b h (r t) j d -> t (b h r) j d", r=self.rate)
-        blocks, rows, _, dim = ops.shape(x)
         total, offset = None, 0
         for shift, start, size in self._pieces():
-            piece = ops.slice(x, (0, 0, offset, 0), (blocks, rows, size, dim))
+            piece = take(x, offset, size, axis=2)
             before, behind = (shift - low, high - shift), (start, self.width - start - size)
             piece = ops.pad(piece, (before, (0, 0), behind, (0, 0)))
             total = piece if total is None else total + piece

@@ -192,11 +192,11 @@ class Pattern(metaclass=_Frozen):
     def cost(self, length, num_heads=1, head_dim=64, dtype="float32", batch=1):
         """What `sparse_attention` costs with this pattern, beside dense attention.
 
-        Pairs and operations are counted. Bytes are those of a process with
-        TensorFlow on a CPU, known lengths and the default `max_score_bytes`:
-        the peak, less what it had before there were query, key and value.
-        They are right within a quarter, about; of a `Neighborhood` with three
-        axes or with dilation, up to twice as many are used.
+        Pairs and operations are counted. Bytes are estimated, for TensorFlow
+        on a CPU with known lengths and the default `max_score_bytes`: the most
+        that its allocator has given out at any time, query, key and value
+        among it. They are right within a quarter. A process takes more: what
+        the allocator keeps for later.
 
         Args:
             length: number of queries and of keys, a positive int.

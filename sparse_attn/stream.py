@@ -22,7 +22,7 @@ from einops import rearrange
 from keras import ops
 
 from sparse_attn.attend import average, log_sum_exp, score, score_gradients, weight_gradients
-from sparse_attn.layouts import Run, crop, sum_rows, take
+from sparse_attn.layouts import Run, crop, sum_rows
 from sparse_attn.masking import MASKED, additive_mask, at_least_lowest, softmax, wide, zero_masked
 from sparse_attn.scores import add_biases, apply_mods, is_differentiable, only_add
 from sparse_attn.tracing import (
@@ -33,6 +33,7 @@ from sparse_attn.tracing import (
     map_range,
     may_differentiate,
     pull_back,
+    take,
     unconverted,
     unlinked,
 )

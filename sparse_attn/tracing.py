@@ -76,6 +76,28 @@ def unlinked(tensor):
     return tensor.detach() if keras.backend.backend() == "torch" else tensor
 
 
+def take(x, start, size, axis):
+    """`size` entries of a tensor along an axis, from `start` on: ints, or int tensors."""
+    shape = list(ops.shape(x))
+    known = all(isinstance(number, int) for number in (start, size, shape[axis]))
+    if known and (start, size) == (0, shape[axis]):
+        return x
+    if keras.backend.backend() == "torch":  # `ops.slice` would mix int32 with int64
+        return x.narrow(axis, start, size)
+    starts = [0] * len(shape)
+    starts[axis], shape[axis] = start, size
+    return ops.slice(x, starts, shape)
+
+
+def pad_rows(x, before, behind):
+    """Rows of zeros on both sides of axis 1, ints or int tensors, perhaps none."""
+    if keras.backend.backend() == "torch":  # `ops.pad` would leave out what is 0 in a trace
+        import torch
+
+        return torch.nn.functional.pad(x, (*[0, 0] * (x.ndim - 2), before, behind))
+    return ops.pad(x, [(0, 0), (before, behind)] + [(0, 0)] * (len(x.shape) - 2))
+
+
 def gather(x, numbers, axis):
     """`ops.take`, in operations that PyTorch can export.
 
@@ -175,12 +197,12 @@ def refuse_longer(x, sizes, limit, told):
 
 def least(a, b):
     """The lesser of two sizes: ints, int tensors, or what JAX exports unknown lengths as."""
-    return _either(min, ops.minimum, "min_dim", a, b)
+    return _either(min, "minimum", "min_dim", a, b)
 
 
 def most(a, b):
     """The larger of two sizes, likewise."""
-    return _either(max, ops.maximum, "max_dim", a, b)
+    return _either(max, "maximum", "max_dim", a, b)
 
 
 def is_symbolic(size):
@@ -195,9 +217,12 @@ def _either(of_ints, of_tensors, of_dims, a, b):
         import jax
 
         return getattr(jax.core, of_dims)(a, b)
-    if keras.backend.backend() == "torch":  # whose sizes are int64, also where they are exported
-        a, b = (ops.cast(x, "int64") for x in (a, b))
-    return of_tensors(a, b)
+    if keras.backend.backend() == "torch":  # whose sizes are int64; of `ops` they would be int32
+        import torch
+
+        a, b = (torch.as_tensor(x, dtype=torch.int64) for x in (a, b))
+        return getattr(torch, of_tensors)(a, b)
+    return getattr(ops, of_tensors)(a, b)
 
 
 def is_traced_to_export():

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import pytest
 
-from sparse_attn import Pattern, parse_pattern
+from sparse_attn import Pattern, parse_pattern, sparse_attention
 
 pytestmark = [
     pytest.mark.skipif(
@@ -96,36 +96,6 @@ def test_keys_that_are_gathered_for_each_query_are_few_at_a_time():
 
 # ---- What `cost` predicts ----------------------------------------------------
 
-MEASURE = """
-import sys
-from pathlib import Path
-import tensorflow as tf
-from sparse_attn import parse_pattern, sparse_attention
-from tests.test_memory import Near, bytes_in_use
-
-pattern, n, heads, task = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
-pattern = Near() if pattern == "Near()" else parse_pattern(pattern)
-
-@tf.function
-def step(*x):
-    if task == "forward":
-        return sparse_attention(*x, pattern)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        out = sparse_attention(*x, pattern)
-    return out, tape.gradient(out, x, output_gradients=out)
-
-def tensors(n):
-    return [tf.random.stateless_normal((1, n, heads, 64), (1, seed)) for seed in range(3)]
-
-step(*tensors(16))
-traced = step.get_concrete_function(*[tf.TensorSpec((1, n, heads, 64))] * 3)
-Path("/proc/self/clear_refs").write_text("5")
-before = bytes_in_use("VmRSS")
-traced(*tensors(n))
-print(bytes_in_use("VmHWM") - before)
-"""
-
 
 class Near(Pattern):
     """A user's own predicate, which lies in a band."""
@@ -134,47 +104,121 @@ class Near(Pattern):
         return (q_pos - k_pos) ** 2 <= 200**2
 
 
-def bytes_in_use(name):
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
+def read(pattern):
+    return Near() if pattern == "Near()" else parse_pattern(pattern)
 
 
-def peak_and_prediction(pattern, n, heads, task, **environment):
-    """The bytes that a step adds to a fresh process, and what is predicted."""
-    command = [sys.executable, "-c", MEASURE, pattern, str(n), str(heads), task]
-    options = {"capture_output": True, "text": True, "check": False, "timeout": 280}
-    options["env"] = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, **options)  # noqa: S603
-    assert done.returncode == 0, done.stderr
-    known = Near() if pattern == "Near()" else parse_pattern(pattern)
-    return int(done.stdout), getattr(known.cost(n, heads), f"{task}_bytes")
+def traced_step(pattern, task, shape, dtype="float32"):
+    """A function of query, key and value, traced for a shape."""
+    import tensorflow as tf
+
+    @tf.function
+    def step(*x):
+        if task == "forward":
+            return sparse_attention(*x, pattern)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            out = sparse_attention(*x, pattern)
+        return out, tape.gradient(out, x, output_gradients=out)
+
+    return step.get_concrete_function(*[tf.TensorSpec(shape, dtype)] * 3)
+
+
+def tensors(shape, dtype="float32"):
+    import tensorflow as tf
+
+    x = [tf.random.stateless_normal(shape, (1, seed)) for seed in range(3)]
+    return [tf.cast(tensor, dtype) for tensor in x]
+
+
+def most_bytes_in_use(pattern, task, shape, dtype):
+    """The most bytes that TensorFlow's allocator has given out during a step, its inputs with it.
+
+    Its turns differ, and what is new to a thread comes on top: the least of three.
+    """
+    import tensorflow as tf
+
+    memory = tf.config.experimental
+    try:
+        memory.get_memory_info("CPU:0")
+    except ValueError:
+        pytest.skip("this build of TensorFlow counts no bytes of a CPU: it has no oneDNN")
+    step, peaks = traced_step(pattern, task, shape, dtype), []
+    for _ in range(3):
+        before = memory.get_memory_info("CPU:0")["current"]
+        x = tensors(shape, dtype)
+        memory.reset_memory_stats("CPU:0")
+        step(*x)
+        peaks.append(memory.get_memory_info("CPU:0")["peak"] - before)
+        del x
+    return min(peaks)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("task", ["forward", "training"])
 @pytest.mark.parametrize(
-    "pattern",
+    ("pattern", "n", "heads", "dim", "dtype"),
     [
-        "Full()",
-        "Local(256)",
-        "Atrous(32)",
-        "Causal() & Strided(64)",
-        "Longformer(128, 2)",
-        "BigBird(8192)",
-        "Neighborhood((128, 64), 4)",
-        "PerHead([Local(64)] * 4 + [Atrous(16)] * 4)",
+        ("Full()", 8192, 8, 64, "float32"),
+        ("Causal()", 2048, 8, 64, "float32"),
+        ("Local(256)", 8192, 8, 64, "float32"),
+        ("Local(256)", 65536, 1, 64, "float32"),
+        ("Local(256)", 8192, 8, 64, "bfloat16"),
+        ("Atrous(32)", 8192, 8, 64, "float32"),
+        ("Blocks(128)", 8192, 8, 16, "float32"),
+        ("Blocks(128)", 8192, 8, 64, "float16"),
+        ("Fixed(256)", 65536, 1, 64, "float32"),
+        ("Causal() & Strided(64)", 8192, 8, 64, "float32"),
+        ("Longformer(128, 2)", 8192, 8, 64, "float32"),
+        ("BigBird(8192)", 8192, 8, 64, "float32"),
+        ("Near()", 8192, 8, 64, "float32"),
+        ("Neighborhood((128, 64), 4)", 8192, 8, 64, "float32"),
+        ("Neighborhood((64, 64), 3)", 4096, 8, 16, "float32"),
+        ("Neighborhood((32, 16, 16), 1)", 8192, 8, 64, "float32"),
+        ("Neighborhood((16, 16, 16), 2)", 4096, 8, 64, "float32"),
+        ("Neighborhood((32, 32, 16), 2)", 16384, 1, 64, "float32"),
+        ("Neighborhood((128, 128), 3, 2)", 16384, 8, 64, "float32"),
+        ("Axial((128, 64))", 8192, 8, 64, "float32"),
+        ("PerHead([Local(64)] * 4 + [Atrous(16)] * 4)", 8192, 8, 64, "float32"),
+        ("PerHead([Local(32), Causal()])", 4096, 2, 64, "float32"),
     ],
 )
-def test_predicted_bytes_are_right_within_a_quarter(pattern, task, default_costs):
-    # An allocator that keeps what was freed would be measured as well.
-    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    peak, predicted = peak_and_prediction(pattern, 8192, 8, task, **at_once)
+def test_predicted_bytes_are_right_within_a_quarter(
+    pattern, n, heads, dim, dtype, task, default_costs
+):
+    pattern = read(pattern)
+    peak = most_bytes_in_use(pattern, task, (1, n, heads, dim), dtype)
+    predicted = getattr(pattern.cost(n, heads, dim, dtype), f"{task}_bytes")
     assert predicted == pytest.approx(peak, rel=0.25)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from tests.test_memory import bytes_in_use, read, tensors, traced_step
+
+pattern, n, task = read(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+traced_step(pattern, task, (1, 16, 8, 64))(*tensors((1, 16, 8, 64)))
+step = traced_step(pattern, task, (1, n, 8, 64))
+Path("/proc/self/clear_refs").write_text("5")
+before = bytes_in_use("VmRSS")
+step(*tensors((1, n, 8, 64)))
+print(bytes_in_use("VmHWM") - before)
+"""
+
+
+def bytes_in_use(name):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("task", ["forward", "training"])
 @pytest.mark.parametrize("pattern", ["BigBird(16384)", "Longformer(256, 2)", "Near()"])
 def test_a_process_takes_at_most_twice_the_predicted_bytes(pattern, task, default_costs):
-    peak, predicted = peak_and_prediction(pattern, 16384, 8, task)
-    assert peak < 2 * predicted
+    command = [sys.executable, "-c", PROCESS, pattern, "16384", task]
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 280}
+    options["env"] = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, **options)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2 * getattr(read(pattern).cost(16384, 8), f"{task}_bytes")
