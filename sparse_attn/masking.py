@@ -63,6 +63,8 @@ def zero_masked(x, mask):
     if mask is None:
         return x
     mask = ops.reshape(mask, ops.shape(mask) + (1,) * (len(x.shape) - len(mask.shape)))
+    if keras.backend.standardize_dtype(x.dtype) == "bool":  # for which ONNX has no "where"
+        return x & mask
     return ops.where(mask, x, ops.zeros((), x.dtype))
 
 

@@ -195,8 +195,8 @@ class Pattern(metaclass=_Frozen):
         Pairs and operations are counted. Bytes are estimated, for TensorFlow
         on a CPU with known lengths and the default `max_score_bytes`: the most
         that its allocator has given out at any time, query, key and value
-        among it. They are right within a quarter. A process takes more: what
-        the allocator keeps for later.
+        among it. Nearly all are right within a quarter. A process takes more:
+        what the allocator keeps for later.
 
         Args:
             length: number of queries and of keys, a positive int.

@@ -1,0 +1,122 @@
+"""Exported models give what the Keras model gives, at lengths that no block divides."""
+
+import importlib.util
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from sparse_attn import (
+    Atrous,
+    BigBird,
+    Causal,
+    Fixed,
+    Full,
+    Global,
+    Local,
+    Neighborhood,
+    PerHead,
+    Prefix,
+    SoftCap,
+)
+from sparse_attn.layers import (
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    PositionEmbedding,
+    RelativePositionBias,
+    RotaryEmbedding,
+    SelfAttention,
+    SinePositionEncoding,
+)
+from tests.compare import BACKEND, to_numpy
+
+SIZES = [(1, 1), (7, 2), (29, 3), (50, 1)]
+LAYERS = {
+    "full": lambda: SelfAttention(2, 4, Full()),
+    "causal": lambda: SelfAttention(2, 4, Causal()),
+    "band": lambda: SelfAttention(2, 4, Local(3), rotary_embedding=RotaryEmbedding()),
+    "strided": lambda: SelfAttention(2, 4, Causal() & (Local(3) | Atrous(4))),
+    "prefix": lambda: SelfAttention(2, 4, Causal() & (Local(3) | Prefix(2))),
+    "grid": lambda: SelfAttention(2, 4, Neighborhood((16, 4), 1)),
+    "blocks": lambda: MultiHeadAttention(2, 4, pattern=BigBird(64, 4, 1), use_gate=True),
+    "heads": lambda: SelfAttention(2, 4, PerHead([Local(2) | Global((1, 5)), Causal() & Fixed(4)])),
+    "scores": lambda: GroupedQueryAttention(
+        4, 4, 2, pattern=Causal(), score_mod=[SoftCap(5.0), RelativePositionBias(4)]
+    ),
+}
+
+
+def make_model(name):
+    """Of unknown batch and length."""
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(20, 8, mask_zero=True)(tokens)
+    x = PositionEmbedding(64)(SinePositionEncoding()(x))
+    layer = LAYERS[name]()
+    x = x + (layer(x) if isinstance(layer, SelfAttention) else layer(x, x))
+    model = keras.Model(tokens, keras.layers.Dense(3)(x))
+    model(inputs(7, 2))
+    return model
+
+
+def inputs(n, b):
+    tokens = np.random.default_rng(n).integers(1, 20, (b, n)).astype("int32")
+    tokens[-1, n // 2 + 1 :] = 0
+    return tokens
+
+
+SERVE = """
+import sys
+import numpy as np, tensorflow as tf
+model = tf.saved_model.load(sys.argv[1])
+for name in sys.argv[2:]:
+    data = np.load(name)
+    np.testing.assert_allclose(model.serve(data["x"]).numpy(), data["y"], atol=1e-4)
+assert "sparse_attn" not in sys.modules
+print("equal")
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel from PyTorch")
+@pytest.mark.parametrize("name", ["strided", "blocks", "heads", "scores"])
+def test_a_saved_model_in_a_process_that_knows_tensorflow_alone(name, tmp_path):
+    pytest.importorskip("tensorflow", reason="what serves a SavedModel is not installed")
+    model = make_model(name)
+    model.export(tmp_path / "model", format="tf_saved_model", verbose=False)
+    names = []
+    for n, b in SIZES:
+        names.append(f"{n}.npz")
+        np.savez(tmp_path / names[-1], x=inputs(n, b), y=to_numpy(model(inputs(n, b))))
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", SERVE, "model", *names],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        cwd=tmp_path,
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+CONVERTERS = {"tensorflow": "tf2onnx", "torch": "onnx", "jax": "jax2onnx"}
+FEW = {"full", "band", "prefix", "grid", "scores"}  # PyTorch alone converts in a second or two
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")  # the converters warn of themselves
+@pytest.mark.parametrize("name", [name for name in LAYERS if BACKEND == "torch" or name in FEW])
+def test_onnx_in_its_own_runtime(name, tmp_path):
+    converter = CONVERTERS[BACKEND]
+    for package in (converter, "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package}, of the extra [onnx], is not installed")
+    import onnxruntime
+
+    model, path = make_model(name), str(tmp_path / "model.onnx")
+    model.export(path, format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for n, b in SIZES:
+        (found,) = session.run(None, {session.get_inputs()[0].name: inputs(n, b)})
+        np.testing.assert_allclose(found, to_numpy(model(inputs(n, b))), atol=1e-4)
