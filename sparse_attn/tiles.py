@@ -241,5 +241,9 @@ def _evaluate(pattern, q_pos, k_pos):
     rank = len(q_pos.shape)
     answer = answer[(None,) * (rank - len(answer.shape))]
     sizes = [{1, a, b} for a, b in zip(q_pos.shape, k_pos.shape, strict=True)]
-    shape = tuple(None if None in size else tuple(sorted(size)) for size in sizes)
+    known = [all(isinstance(x, int) for x in size) for size in sizes]
+    shape = tuple(
+        tuple(sorted(size)) if is_known else None
+        for size, is_known in zip(sizes, known, strict=True)
+    )
     return check_tensor(f"{pattern!r}(q_pos, k_pos)", answer, "bool", shape)

@@ -78,7 +78,12 @@ print("equal")
 """
 
 
-@pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore"),  # the exporters warn of themselves
+]
+
+
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel from PyTorch")
 @pytest.mark.parametrize("name", ["strided", "blocks", "heads", "scores"])
 def test_a_saved_model_in_a_process_that_knows_tensorflow_alone(name, tmp_path):
@@ -100,16 +105,14 @@ def test_a_saved_model_in_a_process_that_knows_tensorflow_alone(name, tmp_path):
     assert done.stdout.strip() == "equal", done.stderr
 
 
-CONVERTERS = {"tensorflow": "tf2onnx", "torch": "onnx", "jax": "jax2onnx"}
+CONVERTERS = {"tensorflow": "tf2onnx", "torch": "onnxscript"}
 FEW = {"full", "band", "prefix", "grid", "scores"}  # PyTorch alone converts in a second or two
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.filterwarnings("ignore")  # the converters warn of themselves
+@pytest.mark.skipif(BACKEND == "jax", reason="jax2onnx does not reckon with unknown lengths")
 @pytest.mark.parametrize("name", [name for name in LAYERS if BACKEND == "torch" or name in FEW])
 def test_onnx_in_its_own_runtime(name, tmp_path):
-    converter = CONVERTERS[BACKEND]
-    for package in (converter, "onnxruntime"):
+    for package in (CONVERTERS[BACKEND], "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package}, of the extra [onnx], is not installed")
     import onnxruntime
