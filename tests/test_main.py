@@ -44,7 +44,7 @@ def test_it_learns_a_regular_text(tmp_path):
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
     model = tmp_path / "model.keras"
     done = run(
-        "--text", text, "--steps", "12", "--length", "512", "--save", model,
+        "--text", text, "--steps", "20", "--length", "128", "--save", model,
         "--pattern", "Local(16) | Atrous(16)",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -52,8 +52,8 @@ def test_it_learns_a_regular_text(tmp_path):
     entropy = re.search(r"single bytes: +(.*)", done.stdout).group(1)
     assert float(after) < float(entropy) < float(before)
     assert "of all pairs are scored in Causal() & (Local(16) | Atrous(16))" in done.stdout
-    assert "▓▓" in done.stdout
-    assert "12/12" in done.stdout
+    assert re.search("[░▒▓█]{2}", done.stdout)  # the picture
+    assert "20/20" in done.stdout
     assert "def " in done.stdout.split("A sample:")[1]
     assert model.stat().st_size > 100_000
 

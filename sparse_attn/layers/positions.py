@@ -39,9 +39,9 @@ class PositionEmbedding(keras.layers.Layer):
 
     Example:
 
-    >>> import numpy as np
+    >>> import keras
     >>> from sparse_attn.layers import PositionEmbedding
-    >>> x = np.ones((2, 10, 8), "float32")
+    >>> x = keras.ops.ones((2, 10, 8))
     >>> tuple((x + PositionEmbedding(100)(x)).shape)
     (2, 10, 8)
     """
