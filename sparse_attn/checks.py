@@ -111,5 +111,6 @@ def _fits(found, shape):
 
 
 def _shape_text(shape):
-    sizes = [" or ".join(map(str, s)) if isinstance(s, tuple) else str(s) for s in shape]
-    return f"({', '.join(sizes)})".replace("None", "any")
+    sizes = [s if isinstance(s, tuple) else (s,) for s in shape]
+    told = ["any" if None in s else " or ".join(map(str, dict.fromkeys(s))) for s in sizes]
+    return f"({', '.join(told)})"

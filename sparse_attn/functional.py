@@ -86,7 +86,8 @@ def sparse_attention(
             for the queries and `(b, m)` for the keys. Only what has the same
             number may attend: for several documents in one sequence. Positions
             run on through all of them.
-        attention_mask: `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)` bools,
+        attention_mask: `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)` bools, where
+            `n` and `m` may be 1 as well,
             True = may be attended. It is of size n * m by nature; prefer a
             pattern.
         bias: numbers of the same shapes, added to the scaled scores; less than
@@ -438,10 +439,15 @@ def _to_tensor(name, x):
 def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
     b, n, h, _ = query.shape
     m = key.shape[1]
-    pairs = ((n, m), ((1, b), n, m), ((1, b), (1, h), n, m))
+    sizes = ((1, b), (1, h), (1, n), (1, m))
+    pairs = (sizes[2:], (sizes[0], *sizes[2:]), sizes)
     query_mask = check_mask("query_mask", query_mask, (b, n))
     key_mask = check_mask("key_mask", key_mask, (b, m))
     attention_mask = _four_axes(check_mask("attention_mask", attention_mask, *pairs))
+    if attention_mask is not None and tuple(attention_mask.shape)[1:3] == (1, 1) != (h, n):
+        key_mask = _also(key_mask, attention_mask[:, 0, 0], key)  # the same for all queries
+        attention_mask = None
+    attention_mask = _at_all_pairs(attention_mask, query, key)
     if bias is not None:
         bias = _to_tensor("bias", bias)
         if "bool" in str(bias.dtype):
@@ -449,6 +455,7 @@ def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
             raise TypeError(f"`bias` must be {requirement}. Received: bias.dtype=bool")
         bias = ops.cast(bias, wide(query.dtype))
         bias = _four_axes(check_tensor("bias", bias, "float", *pairs))
+        bias = _at_all_pairs(bias, query, key)
     return query_mask, key_mask, attention_mask, bias
 
 
@@ -485,6 +492,25 @@ def _four_axes(x):
     if x is None or len(x.shape) == 4:
         return x
     return rearrange(x, "b n m -> b 1 n m" if len(x.shape) == 3 else "n m -> 1 1 n m")
+
+
+def _also(key_mask, mask, key):
+    mask = ops.broadcast_to(mask, ops.shape(key)[:2])
+    return mask if key_mask is None else key_mask & mask
+
+
+def _at_all_pairs(x, query, key):
+    """A table of pairs `(b|1, h|1, n, m)` of one whose sizes may be 1, or not be known."""
+    if x is None:
+        return None
+    b, n, h = ops.shape(query)[:3]
+    wanted = [
+        1 if size == 1 else all_there for size, all_there in zip(x.shape, (b, h), strict=False)
+    ]
+    wanted += [n, ops.shape(key)[1]]
+    if all(isinstance(size, int) for size in wanted) and tuple(wanted) == tuple(x.shape):
+        return x
+    return ops.broadcast_to(x, wanted)
 
 
 def _check_positions(positions, known_n, n, limit):

@@ -1,7 +1,9 @@
 """Plans as for long sequences: at the short lengths of tests all would be dense otherwise."""
 
+import collections
 import importlib
 
+import keras
 import pytest
 
 plan, terms = (importlib.import_module(f"sparse_attn.{name}") for name in ("plan", "terms"))
@@ -11,6 +13,7 @@ COSTS = {
     (terms, "PART_PAIRS"): 0,
     (plan.blocks, "SIZES"): (2, 4),  # of blocks that are looked for
 }
+CASES_ON_JAX = 10
 DEFAULTS = {(module, name): getattr(module, name) for module, name in COSTS}
 
 
@@ -34,3 +37,19 @@ def default_costs():
     use(DEFAULTS)
     yield
     use(COSTS)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-cases", action="store_true", help="all cases of each test, on JAX too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """On JAX a few cases of each test stand for all: it compiles each operation for each shape."""
+    if keras.backend.backend() != "jax" or config.getoption("--all-cases"):
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = [item for each in cases.values() for item in each[:: -(-len(each) // CASES_ON_JAX)]]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept

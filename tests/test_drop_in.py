@@ -1,11 +1,20 @@
 """The layers take the place of Keras' own: arguments, calls, weights, files; and err less."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
 
 from sparse_attn import Causal, Full, Local, Neighborhood, Pattern, PerHead, Strided
-from sparse_attn.layers import GroupedQueryAttention, MultiHeadAttention, SelfAttention
+from sparse_attn.layers import (
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    RelativePositionBias,
+    RotaryEmbedding,
+    SelfAttention,
+)
+from tests.cases import Near
 from tests.compare import BACKEND, outputs_and_gradients, to_numpy
 
 rng = np.random.default_rng(0)
@@ -32,6 +41,8 @@ CALL = {
     "ints": {"attention_mask": (rng.random((2, 13, 9)) < 0.8).astype("int32")},
     "by head": {"attention_mask": rng.random((2, 2, 13, 9)) < 0.8},
     "for all": {"attention_mask": rng.random((13, 9)) < 0.9},
+    "for all queries": {"attention_mask": rng.random((2, 1, 9)) < 0.8},
+    "for all queries and heads": {"attention_mask": rng.random((2, 1, 1, 9)) < 0.8},
     "value_mask": {"value_mask": np.arange(9)[None] < np.array([[9], [4]])},
     "key": {"key": inputs(9, 4, seed=3), "key_mask": np.arange(9)[None] < np.array([[9], [4]])},
     "scores": {"return_attention_scores": True, "use_causal_mask": True},
@@ -47,20 +58,23 @@ def as_tuple(x):
 def test_equals_multi_head_attention_of_keras(make, call):
     query, value = inputs(13), inputs(9, 5, seed=1)
     theirs = keras.layers.MultiHeadAttention(2, 4, **make)
-    expected = theirs(query, value, **call)
+    # On JAX, Keras' fused path takes no `value_dim`; with the scores asked for it is another one.
+    asked = {"return_attention_scores": True} if BACKEND == "jax" and "value_dim" in make else {}
+    count = 1 + call.get("return_attention_scores", False)
+    expected = as_tuple(theirs(query, value, **{**call, **asked}))[:count]
     ours = MultiHeadAttention(2, 4, **make)
     ours.build(query.shape, value.shape, np.shape(call["key"]) if "key" in call else None)
     weights = theirs.get_weights()
     ours.set_weights(weights)
     assert len(ours.weights) == len(weights)
-    for x, y in zip(as_tuple(ours(query, value, **call)), as_tuple(expected), strict=True):
+    for x, y in zip(as_tuple(ours(query, value, **call)), expected, strict=True):
         np.testing.assert_allclose(to_numpy(x), to_numpy(y), atol=2e-5)
 
 
 @pytest.mark.parametrize("call", CALL.values(), ids=CALL)
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_equals_grouped_query_attention_of_keras(key_heads, call):
-    call = {name: x for name, x in call.items() if np.shape(x) != (2, 2, 13, 9)}
+    call = {name: x for name, x in call.items() if np.ndim(x) != 4}
     query, value = inputs(13), inputs(9, seed=1)
     options = {"use_gate": True, "sliding_window": 10}
     theirs = keras.layers.GroupQueryAttention(3, 4, key_heads, **options)
@@ -208,7 +222,7 @@ def tokens(n=11, b=3):
     return np.random.default_rng(n).integers(1, 20, (b, n))
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.1, "use_gate": True}, {"value_dim": 5}])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1, "use_gate": True, "value_dim": 5}])
 def test_a_weights_file_of_keras_loads(options, tmp_path):
     theirs, ours = keras_model(**options), keras_model(MultiHeadAttention, **options)
     theirs.save_weights(tmp_path / "model.weights.h5")
@@ -421,3 +435,90 @@ BAD = [
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# ---- Sizes of 1, policies and classes of others ------------------------------
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="lengths are unknown in tf.function")
+@pytest.mark.parametrize("pattern", [Local(3), Strided(4), Full()], ids=repr)
+@pytest.mark.parametrize("unknown", [(None, 1, None), (None, None, None), (None,) * 4], ids=str)
+def test_a_mask_of_unknown_sizes_may_be_the_same_for_all_queries(pattern, unknown):
+    import tensorflow as tf
+
+    layer, x = MultiHeadAttention(2, 4, pattern=pattern), inputs(13)
+    layer.build(x.shape, x.shape)
+    mask = (np.arange(13) < np.array([[9], [5]]))[:, None]
+    mask = mask[:, None] if len(unknown) == 4 else mask
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, 6)), tf.TensorSpec(unknown, tf.bool)])
+    def function(x, mask):
+        return layer(x, x, attention_mask=mask)
+
+    expected = layer(x, x, attention_mask=np.repeat(mask, 13, axis=-2))
+    np.testing.assert_allclose(function(x, mask), expected, atol=1e-5)
+
+
+def test_a_mask_of_keys_may_be_the_same_for_all_rows():
+    layer, x = MultiHeadAttention(2, 4, pattern=Local(3)), inputs(13)
+    mask = np.arange(13)[None] < 9
+    expected = to_numpy(layer(x, x, value_mask=np.repeat(mask, 2, axis=0)))
+    np.testing.assert_allclose(to_numpy(layer(x, x, value_mask=mask)), expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.filterwarnings("ignore:Invalid quantization mode")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_bias_by_distance_is_saved_and_nearly_the_same(mode, tmp_path):
+    bias = RelativePositionBias(2, embeddings_initializer="normal")
+    model = keras_model(MultiHeadAttention, pattern=Local(3), score_mod=[bias])
+    expected = model.predict(tokens(), verbose=0)
+    model.quantize(mode)
+    assert bias.embedding.quantization_mode == mode
+    found = model.predict(tokens(), verbose=0)
+    assert np.abs(found - expected).max() < (0.3 if mode == "int4" else 0.1)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.predict(tokens(), verbose=0), found, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_a_quantized_layer_within_a_wrapper_is_saved(tmp_path):
+    x = np.random.default_rng(0).normal(size=(2, 3, 7, 6)).astype("float32")
+    given = keras.Input((3, 7, 6))
+    layer = SelfAttention(2, 4, Local(2), name="inner")
+    model = keras.Model(given, keras.layers.TimeDistributed(layer, name="outer")(given))
+    model.quantize("int8")
+    expected = model.predict(x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.predict(x, verbose=0), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_rotary_embedding_need_not_have_the_dtype_of_its_layer(dtype):
+    layer = MultiHeadAttention(2, 4, dtype=dtype, rotary_embedding=RotaryEmbedding())
+    out = layer(inputs(), inputs())
+    assert keras.backend.standardize_dtype(out.dtype) == dtype.removeprefix("mixed_")
+
+
+def test_queries_may_have_another_policy_than_keys():
+    policies = keras.dtype_policies.DTypePolicyMap("mixed_bfloat16")
+    policies["attention/query"] = "float32"
+    out = MultiHeadAttention(2, 4, name="attention", dtype=policies)(inputs(), inputs())
+    assert keras.backend.standardize_dtype(out.dtype) == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["output_shape", "value_dim", "pattern_of_mine"])
+def test_grouped_query_attention_knows_its_own_arguments_alone(name):
+    with pytest.raises((TypeError, ValueError), match=f"{name}"):
+        GroupedQueryAttention(4, 4, 2, **{name: 3})
+
+
+def test_a_file_with_an_unknown_pattern_names_the_missing_import():
+    config = SelfAttention(2, 4, Causal() & Near(3)).get_config()
+    text = json.dumps(config).replace("tests>Near", "tests>Far")
+    with pytest.raises(ValueError, match=r"'tests>Far'. Before you load, import 'tests.cases'"):
+        SelfAttention.from_config(json.loads(text))
+    again = SelfAttention.from_config(json.loads(json.dumps(config)))
+    assert again.pattern == Causal() & Near(3)

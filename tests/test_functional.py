@@ -475,7 +475,7 @@ BAD = [
     (
         lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((3, 6, 7), bool)),
         ValueError,
-        r"shape \(6, 7\) or \(1 or 2, 6, 7\) or \(1 or 2, 1 or 2, 6, 7\)",
+        r"shape \(1 or 6, 1 or 7\) or \(1 or 2, 1 or 6, 1 or 7\) or \(1 or 2, ",
     ),
     (
         lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((6, 7), "float32")),

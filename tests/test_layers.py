@@ -454,7 +454,7 @@ BAD = [
     (
         lambda: call(mask=np.ones((2, 12), bool)),
         ValueError,
-        r"`mask` must have shape \(2, 13\). Received: mask.shape=\(2, 12\)",
+        r"`mask` must have shape \(1 or 2, 13\). Received: mask.shape=\(2, 12\)",
     ),
     (
         lambda: MultiHeadAttention(2, 4)(inputs(5), inputs(5, b=3)),
@@ -464,7 +464,7 @@ BAD = [
     (
         lambda: MultiHeadAttention(2, 4)(inputs(5), inputs(5), query_mask=np.ones((2, 4))),
         ValueError,
-        r"`query_mask` must have shape \(2, 5\). Received: query_mask.shape=\(2, 4\)",
+        r"`query_mask` must have shape \(1 or 2, 5\). Received: query_mask.shape=\(2, 4\)",
     ),
     (
         lambda: call(attention_mask=np.ones((2, 13, 12), bool)),

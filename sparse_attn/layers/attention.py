@@ -8,15 +8,15 @@ from keras import constraints, initializers, ops, regularizers
 
 from sparse_attn.checks import check_bool, check_int, check_rate, check_tensor, received
 from sparse_attn.functional import attention_weights, sparse_attention
-from sparse_attn.layers.policies import policy_of, with_policies
 from sparse_attn.layers.projection import Projection, as_shaped
+from sparse_attn.layers.saving import HasPolicies, load_pattern, save_pattern
 from sparse_attn.masking import check_mask, zero_masked
 from sparse_attn.patterns import Causal, Full, Local, PerHead, check_pattern
 from sparse_attn.scores import read_mods
 from sparse_attn.stream import MAX_SCORE_BYTES
 
 
-class Attention(keras.layers.Layer):
+class Attention(HasPolicies, keras.layers.Layer):
     """Attention of `num_heads` heads of queries over `key_heads` heads of keys and values.
 
     Inputs may have several axes between the batch and the features, such as
@@ -30,13 +30,14 @@ class Attention(keras.layers.Layer):
         key_heads,
         key_dim,
         value_dim,
+        output_shape,
+        /,
         *,
         pattern=None,
         score_mod=None,
         rotary_embedding=None,
         dropout=0.0,
         use_bias=True,
-        output_shape=None,
         sliding_window=None,
         flash_attention=None,
         kernel_initializer="glorot_uniform",
@@ -146,7 +147,7 @@ class Attention(keras.layers.Layer):
             activity_regularizer=self.sublayer_activity_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
-            dtype=policy_of(self, name),
+            dtype=self.policy_of(name),
             name=name,
         )
         layer.build(shape)
@@ -173,20 +174,20 @@ class Attention(keras.layers.Layer):
         use_causal_mask=False,
         segment_ids=None,
     ):
-        if key is None:
-            key, key_mask = value, value_mask if key_mask is None else key_mask
+        key = value if key is None else key
+        self._check_shapes(query.shape, value.shape, key.shape)
         q_axes, k_axes = ops.shape(query)[1:-1], ops.shape(key)[1:-1]
-        known = query.shape[:-1], key.shape[:-1], value.shape[:-1]
-        query_mask = _flat(read_mask("query_mask", query_mask, known[0]))
-        key_mask = _flat(read_mask("key_mask", key_mask, known[1]))
-        value_mask = _flat(read_mask("value_mask", value_mask, known[2]))
+        known = query.shape[:-1], key.shape[:-1]
+        query_mask = _flat(read_mask("query_mask", query_mask, query))
+        key_mask = _flat(read_mask("key_mask", key_mask, key))
+        value_mask = _flat(read_mask("value_mask", value_mask, value))
         query, key, value = (rearrange(x, "b ... d -> b (...) d") for x in (query, key, value))
         key_mask = _both(key_mask, value_mask)
         pattern = Causal() & self.pattern if use_causal_mask else self.pattern
         options = {
             "query_mask": query_mask,
             "key_mask": key_mask,
-            "attention_mask": self._read_pairs(attention_mask, known[0], known[1]),
+            "attention_mask": self._read_pairs(attention_mask, known, (q_axes, k_axes)),
             "segment_ids": segment_ids,
             "score_mod": self.score_mod,
         }
@@ -198,6 +199,7 @@ class Attention(keras.layers.Layer):
         v = _by_heads(self._value_dense(value), value, self._key_heads)
         if self.rotary_embedding is not None:
             q, k = self.rotary_embedding(q), self.rotary_embedding(k)
+        q, k, v = (ops.cast(x, self.compute_dtype) for x in (q, k, v))  # each has its own policy
         own = {"max_score_bytes": self.max_score_bytes}
         if self.dropout and training:
             own |= {"dropout": self.dropout, "seed": self._dropout_layer.seed_generator}
@@ -218,22 +220,21 @@ class Attention(keras.layers.Layer):
             weights = ops.reshape(weights, (batch, self._num_heads, *q_axes, *k_axes))
         return out, weights
 
-    def _read_pairs(self, mask, q_shape, k_shape):
+    def _read_pairs(self, mask, known, axes):
         """The mask of pairs as one of bools `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)`."""
         if mask is None:
             return None
-        mask = ops.cast(ops.convert_to_tensor(mask), "bool")
-        check_mask("attention_mask", mask, *self._mask_shapes(q_shape, k_shape))
-        q_rank, k_rank = len(q_shape) - 1, len(k_shape) - 1
-        if q_rank == k_rank == 1:
+        mask = _as_bools("attention_mask", mask)
+        check_mask("attention_mask", mask, *self._mask_shapes(*known))
+        q_axes, k_axes = axes
+        if len(q_axes) == len(k_axes) == 1:
             return mask
-        sizes = ops.shape(mask)
-        lead = len(sizes) - q_rank - k_rank
-        n, m = _product(sizes[lead : lead + q_rank]), _product(sizes[lead + q_rank :])
-        return ops.reshape(mask, (*sizes[:lead], n, m))
+        lead = ops.shape(mask)[: len(mask.shape) - len(q_axes) - len(k_axes)]
+        mask = ops.broadcast_to(mask, (*lead, *q_axes, *k_axes))
+        return ops.reshape(mask, (*lead, _product(q_axes), _product(k_axes)))
 
     def _mask_shapes(self, q_shape, k_shape):
-        pairs = (*q_shape[1:], *k_shape[1:])
+        pairs = tuple((1, size) for size in (*q_shape[1:], *k_shape[1:]))
         batch, heads = (1, q_shape[0]), (1, self._num_heads)
         return pairs, (batch, *pairs), (batch, heads, *pairs)
 
@@ -290,14 +291,14 @@ class Attention(keras.layers.Layer):
         key = value if key is None else key
         shape = self._out_shape(query.shape, value.shape, key.shape)
         q_shape, k_shape = query.shape[:-1], key.shape[:-1]
-        for name, mask, *allowed in (
-            ("query_mask", query_mask, q_shape),
-            ("key_mask", key_mask, k_shape),
-            ("value_mask", value_mask, value.shape[:-1]),
-            ("attention_mask", attention_mask, *self._mask_shapes(q_shape, k_shape)),
-        ):
+        masks = {"query_mask": (query_mask, q_shape), "key_mask": (key_mask, k_shape)}
+        masks["value_mask"] = (value_mask, value.shape[:-1])
+        for name, (mask, (batch, *axes)) in masks.items():
             if mask is not None:
-                check_mask(name, keras.KerasTensor(mask.shape, "bool"), *allowed)
+                check_mask(name, keras.KerasTensor(mask.shape, "bool"), ((1, batch), *axes))
+        if attention_mask is not None:
+            mask = keras.KerasTensor(attention_mask.shape, "bool")
+            check_mask("attention_mask", mask, *self._mask_shapes(q_shape, k_shape))
         pair = segment_ids if isinstance(segment_ids, (list, tuple)) else [segment_ids] * 2
         for ids, allowed in zip(pair, (q_shape, k_shape), strict=False):
             if ids is not None:
@@ -314,7 +315,7 @@ class Attention(keras.layers.Layer):
             output_shape = output_shape[0] if len(output_shape) == 1 else list(output_shape)
         config = {
             **super().get_config(),
-            "pattern": keras.saving.serialize_keras_object(self._given_pattern),
+            "pattern": save_pattern(self._given_pattern),
             "score_mod": keras.saving.serialize_keras_object(self.score_mod),
             "rotary_embedding": keras.saving.serialize_keras_object(self.rotary_embedding),
             "dropout": self.dropout,
@@ -332,7 +333,11 @@ class Attention(keras.layers.Layer):
             "seed": self.seed,
             "max_score_bytes": self.max_score_bytes,
         }
-        return with_policies(self, config)
+        if not self.built:
+            return self.with_policies(config)
+        own = [self._query_dense, self._key_dense, self._value_dense, self._output_dense]
+        own += [self._gate_dense] if self.use_gate else []
+        return self.with_policies(config, *own)
 
 
 def _by_heads(x, like, heads):
@@ -356,7 +361,7 @@ def read_size(name, value):
 def read_pattern(pattern):
     """The pattern that a constructor was given: one, its config, or `None` for `Full()`."""
     if isinstance(pattern, dict):
-        pattern = keras.saving.deserialize_keras_object(pattern)
+        pattern = load_pattern(pattern)
     return check_pattern("pattern", Full() if pattern is None else pattern)
 
 
@@ -408,11 +413,21 @@ def _features(output_shape):
         ) from None
 
 
-def read_mask(name, mask, shape):
-    """A mask of positions as one of bools; numbers count as `True` but for 0."""
+def read_mask(name, mask, inputs):
+    """The mask of the positions of some inputs as one of bools; all rows may have the same."""
     if mask is None:
         return None
-    return check_mask(name, ops.cast(ops.convert_to_tensor(mask), "bool"), shape)
+    mask = _as_bools(name, mask)
+    batch, *axes = inputs.shape[:-1]
+    check_mask(name, mask, ((1, batch), *axes))
+    return ops.broadcast_to(mask, ops.shape(inputs)[:-1])
+
+
+def _as_bools(name, mask):
+    """A mask as a tensor of bools; numbers count as `True` but for 0."""
+    if isinstance(mask, (str, bytes, dict)):
+        raise TypeError(received(name, "a mask of bools or numbers", mask))
+    return ops.cast(ops.convert_to_tensor(mask), "bool")
 
 
 def _flat(mask):

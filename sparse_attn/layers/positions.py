@@ -5,14 +5,14 @@ import math
 import keras
 from keras import initializers, ops
 
-from sparse_attn.checks import check_bool, check_int, check_positive, received
-from sparse_attn.layers.policies import policy_of, with_policies
+from sparse_attn.checks import check_bool, check_int, check_positive, check_tensor, received
+from sparse_attn.layers.saving import HasPolicies
 from sparse_attn.scores import PositionBias, tensors_of
 from sparse_attn.tracing import gather
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class PositionEmbedding(keras.layers.Layer):
+class PositionEmbedding(HasPolicies, keras.layers.Layer):
     """A trained vector for each position, to be added to what stands there.
 
     An `Embedding` sublayer of the positions `start_index, start_index + 1, ...`.
@@ -58,7 +58,7 @@ class PositionEmbedding(keras.layers.Layer):
             self.sequence_length,
             inputs_shape[-1],
             embeddings_initializer=self.initializer,
-            dtype=policy_of(self, "embedding"),
+            dtype=self.policy_of("embedding"),
             name="embedding",
         )
         self.embedding.build(inputs_shape[:-1])
@@ -87,7 +87,7 @@ class PositionEmbedding(keras.layers.Layer):
             "sequence_length": self.sequence_length,
             "initializer": initializers.serialize(self.initializer),
         }
-        return with_policies(self, config)
+        return self.with_policies(config, *([self.embedding] if self.built else []))
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
@@ -162,7 +162,7 @@ class RotaryEmbedding(keras.layers.Layer):
     Call arguments:
         inputs: `(b, n, h, d)` or `(b, n, d)`, `d` even.
         start_index: the position of the first, a non-negative int or an int tensor.
-        positions: `(n,)` ints, in place of `start_index, start_index + 1, ...`.
+        positions: `(n,)` or `(b, n)` ints, in place of `start_index, start_index + 1, ...`.
 
     Returns:
         A tensor of the shape of `inputs`.
@@ -198,13 +198,13 @@ class RotaryEmbedding(keras.layers.Layer):
         features = inputs.shape[-1]
         if positions is None:
             positions = _positions(inputs, _check_start(start_index))
+        else:
+            positions = _check_positions(positions, start_index, inputs.shape)
         positions = ops.cast(positions, "float32") / self.scaling_factor
         angles = _angles(positions, features // 2, features, self.max_wavelength)
-        shape = (1, -1, *[1] * (len(inputs.shape) - 3), features // 2)
-        cos, sin = (
-            ops.cast(ops.reshape(x, shape), inputs.dtype)
-            for x in (ops.cos(angles), ops.sin(angles))
-        )
+        if len(inputs.shape) == 4:  # the same for all heads
+            angles = angles[..., None, :]
+        cos, sin = (ops.cast(x, inputs.dtype) for x in (ops.cos(angles), ops.sin(angles)))
         first, second = ops.split(inputs, 2, axis=-1)
         turned = [first * cos - second * sin, second * cos + first * sin]
         return ops.concatenate(turned, axis=-1)
@@ -224,7 +224,7 @@ class RotaryEmbedding(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class RelativePositionBias(keras.layers.Layer, PositionBias):
+class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
     """A trained number for each head and distance, added to the scores, as in T5.
 
     An `Embedding` sublayer of buckets of distances: one for each short distance,
@@ -295,7 +295,7 @@ class RelativePositionBias(keras.layers.Layer, PositionBias):
             self.num_buckets,
             self.num_heads,
             embeddings_initializer=self.embeddings_initializer,
-            dtype=policy_of(self, "embedding"),
+            dtype=self.policy_of("embedding"),
             name="embedding",
         )
         self.embedding.build((None,))
@@ -306,7 +306,9 @@ class RelativePositionBias(keras.layers.Layer, PositionBias):
         """The table `(num_buckets, num_heads)`, alone in a tuple."""
         if not self.built:
             self.build()
-        return (self.embedding.embeddings,)
+        if self.embedding.quantization_mode is None:
+            return (self.embedding.embeddings,)
+        return (self.embedding(ops.arange(self.num_buckets, dtype="int32")),)
 
     def buckets(self, distance):
         """The buckets of distances `k_pos - q_pos`, ints of the same shape."""
@@ -339,7 +341,7 @@ class RelativePositionBias(keras.layers.Layer, PositionBias):
             "bidirectional": self.bidirectional,
             "embeddings_initializer": initializers.serialize(self.embeddings_initializer),
         }
-        return with_policies(self, config)
+        return self.with_policies(config, *([self.embedding] if self.built else []))
 
 
 def _check_rank(shape):
@@ -352,8 +354,17 @@ def _check_rank(shape):
 
 def _check_start(start_index):
     if ops.is_tensor(start_index):
-        return ops.cast(start_index, "int32")
+        return ops.cast(check_tensor("start_index", start_index, "int", ()), "int32")
     return check_int("start_index", start_index, minimum=0)
+
+
+def _check_positions(positions, start_index, shape):
+    if not isinstance(start_index, int) or start_index:
+        raise ValueError(received("start_index", "0 where there are `positions`", start_index))
+    if isinstance(positions, (str, bytes)):
+        raise TypeError(received("positions", "ints", positions))
+    positions = ops.convert_to_tensor(positions)
+    return check_tensor("positions", positions, "int", (shape[1],), (shape[0], shape[1]))
 
 
 def _positions(inputs, start_index):
@@ -361,6 +372,6 @@ def _positions(inputs, start_index):
 
 
 def _angles(positions, waves, features, max_wavelength):
-    """`(n, waves)`: how far each wave has come at each position."""
+    """`(..., n, waves)`: how far each wave has come at each of `(..., n)` positions."""
     exponents = ops.arange(waves, dtype="float32") * (2 / features)
-    return ops.cast(positions, "float32")[:, None] * max_wavelength ** -exponents[None, :]
+    return ops.cast(positions, "float32")[..., None] * max_wavelength**-exponents

@@ -5,6 +5,7 @@ import keras
 from sparse_attn.checks import check_bool
 from sparse_attn.layers.attention import read_mask, read_pattern
 from sparse_attn.layers.multi_head_attention import MultiHeadAttention
+from sparse_attn.layers.saving import save_pattern
 from sparse_attn.patterns import Atrous, Causal, Local, Strided
 
 
@@ -66,7 +67,7 @@ class SelfAttention(MultiHeadAttention):
     ):
         # Keras fills in `mask` beside one tensor, `query_mask` beside several.
         name, mask = ("query_mask", query_mask) if mask is None else ("mask", mask)
-        mask = read_mask(name, mask, query.shape[:-1])
+        mask = read_mask(name, mask, query)
         return super().call(
             query,
             query,
@@ -89,7 +90,7 @@ class SelfAttention(MultiHeadAttention):
     def get_config(self):
         return {
             **super().get_config(),
-            "pattern": keras.saving.serialize_keras_object(self._plain_pattern),
+            "pattern": save_pattern(self._plain_pattern),
             "causal": self.causal,
         }
 
