@@ -86,10 +86,9 @@ def sparse_attention(
             for the queries and `(b, m)` for the keys. Only what has the same
             number may attend: for several documents in one sequence. Positions
             run on through all of them.
-        attention_mask: `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)` bools, where
-            `n` and `m` may be 1 as well,
-            True = may be attended. It is of size n * m by nature; prefer a
-            pattern.
+        attention_mask: `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)` bools, True =
+            may be attended; `n` and `m` may be 1 as well. It is of size n * m by
+            nature; prefer a pattern.
         bias: numbers of the same shapes, added to the scaled scores; less than
             -1e29, such as `-inf`, forbids a pair. Likewise of size n * m.
         score_mod: what is done to the scaled scores of the tiles before the

@@ -58,10 +58,11 @@ class MultiHeadAttention(Attention):
             masks, the output and the weights.
         value: `(b, m, features)`, likewise.
         key: `(b, m, features)`, `value` by default.
-        query_mask: `(b, n)`, True = valid; Keras fills it in.
-        value_mask, key_mask: `(b, m)`, True = valid; Keras fills them in.
+        query_mask: `(b|1, n)`, True = valid; Keras fills it in.
+        value_mask, key_mask: `(b|1, m)`, True = valid; Keras fills them in.
         attention_mask: `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)`, True = may be
-            attended; of size n * m by nature, prefer a pattern. In all masks,
+            attended, where `n` and `m` may be 1 as well; of size n * m by nature,
+            prefer a pattern. `(b, 1, m)` is a mask of keys. In all masks,
             numbers count as True unless they are 0, as in Keras.
         return_attention_scores: whether to return the weights too. They are
             `(b, h, n, m)`: computed densely, whatever the pattern, and without

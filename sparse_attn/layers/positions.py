@@ -230,7 +230,8 @@ class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
     An `Embedding` sublayer of buckets of distances: one for each short distance,
     and beyond these wider and wider ones, the last for `max_distance` and more.
     Give it to an attention layer or to `sparse_attention` as `score_mod`; it is
-    worked out at the pairs that are scored, and no others.
+    worked out at the pairs that are scored, and no others. Each layer needs one of
+    its own: Keras saves what two layers share as two.
 
     Args:
         num_heads: a positive int, that of the queries.
