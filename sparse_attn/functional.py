@@ -443,9 +443,9 @@ def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
     query_mask = check_mask("query_mask", query_mask, (b, n))
     key_mask = check_mask("key_mask", key_mask, (b, m))
     attention_mask = _four_axes(check_mask("attention_mask", attention_mask, *pairs))
-    if attention_mask is not None and tuple(attention_mask.shape)[1:3] == (1, 1) != (h, n):
-        key_mask = _also(key_mask, attention_mask[:, 0, 0], key)  # the same for all queries
-        attention_mask = None
+    if attention_mask is not None and tuple(attention_mask.shape)[1:3] == (1, 1):
+        mask = rearrange(attention_mask, "b 1 1 m -> b m")  # the same for all queries
+        key_mask, attention_mask = _also(key_mask, mask, key), None
     attention_mask = _at_all_pairs(attention_mask, query, key)
     if bias is not None:
         bias = _to_tensor("bias", bias)

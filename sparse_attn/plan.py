@@ -167,7 +167,7 @@ def _cached_plan(pattern, n, m, registered):
     parts = _disjoint(terms.fuse(spread, n, m), n, m)
     if n is not None and m is not None and _may_find(pattern, parts, n, m):
         others = [_disjoint(found, n, m) for found in _found(pattern, parts, n, m)]
-        if len(spread) > 1:
+        if len(spread) > 1 and any(term.is_opaque for term in spread):
             narrow = [found for term in spread for found in _narrowed(term, n, m)]
             others.append(_disjoint(terms.fuse(narrow, n, m), n, m))
         parts = min(parts, *others, key=_spent)

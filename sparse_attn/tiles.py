@@ -241,9 +241,7 @@ def _evaluate(pattern, q_pos, k_pos):
     rank = len(q_pos.shape)
     answer = answer[(None,) * (rank - len(answer.shape))]
     sizes = [{1, a, b} for a, b in zip(q_pos.shape, k_pos.shape, strict=True)]
-    known = [all(isinstance(x, int) for x in size) for size in sizes]
     shape = tuple(
-        tuple(sorted(size)) if is_known else None
-        for size, is_known in zip(sizes, known, strict=True)
+        tuple(sorted(size)) if all(isinstance(x, int) for x in size) else None for size in sizes
     )
     return check_tensor(f"{pattern!r}(q_pos, k_pos)", answer, "bool", shape)

@@ -51,5 +51,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
     kept = [item for each in cases.values() for item in each[:: -(-len(each) // CASES_ON_JAX)]]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    left_out = set(items).difference(kept)
+    config.hook.pytest_deselected(items=list(left_out))
     items[:] = kept

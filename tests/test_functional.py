@@ -475,7 +475,8 @@ BAD = [
     (
         lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((3, 6, 7), bool)),
         ValueError,
-        r"shape \(1 or 6, 1 or 7\) or \(1 or 2, 1 or 6, 1 or 7\) or \(1 or 2, ",
+        r"shape \(1 or 6, 1 or 7\) or \(1 or 2, 1 or 6, 1 or 7\) "
+        r"or \(1 or 2, 1 or 2, 1 or 6, 1 or 7\)",
     ),
     (
         lambda: sparse_attention(Q, K, V, Full(), attention_mask=np.ones((6, 7), "float32")),

@@ -275,3 +275,28 @@ BAD = [
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 5, 3, 4)], ids=str)
+def test_each_row_may_have_positions_of_its_own(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    positions = np.array([[0, 1, 2, 3, 4], [7, 2, 0, 1, 9]])
+    layer = RotaryEmbedding()
+    found = to_numpy(layer(x, positions=positions))
+    for row, own in enumerate(positions):
+        expected = to_numpy(layer(x[row : row + 1], positions=own))
+        np.testing.assert_allclose(found[row : row + 1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"positions": np.arange(4)}, ValueError, "`positions` must have shape"),
+        ({"positions": np.arange(5.0)}, TypeError, "`positions` must be of an int dtype"),
+        ({"positions": "a"}, TypeError, "`positions` must be ints. Received: positions='a'"),
+        ({"positions": np.arange(5), "start_index": 3}, ValueError, "`start_index` must be 0"),
+    ],
+)
+def test_wrong_positions_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        RotaryEmbedding()(np.ones((2, 5, 4), "float32"), **options)

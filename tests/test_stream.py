@@ -101,7 +101,7 @@ def test_every_path_takes_a_mask_of_pairs(pattern, mode):
         assert_equals_oracle(pattern, 37, 37, attention_mask=shape, **mode)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[::3], ids=repr)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_every_path_takes_segments(pattern, mode):
     segments = np.sort(np.random.default_rng(5).integers(0, 5, (2, 37)), axis=1)
     assert_equals_oracle(pattern, 37, 37, segment_ids=segments, **random_masks(37, 37), **mode)

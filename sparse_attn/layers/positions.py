@@ -3,6 +3,7 @@
 import math
 
 import keras
+from einops import rearrange
 from keras import initializers, ops
 
 from sparse_attn.checks import check_bool, check_int, check_positive, check_tensor, received
@@ -203,7 +204,7 @@ class RotaryEmbedding(keras.layers.Layer):
         positions = ops.cast(positions, "float32") / self.scaling_factor
         angles = _angles(positions, features // 2, features, self.max_wavelength)
         if len(inputs.shape) == 4:  # the same for all heads
-            angles = angles[..., None, :]
+            angles = rearrange(angles, "... n w -> ... n 1 w")
         cos, sin = (ops.cast(x, inputs.dtype) for x in (ops.cos(angles), ops.sin(angles)))
         first, second = ops.split(inputs, 2, axis=-1)
         turned = [first * cos - second * sin, second * cos + first * sin]

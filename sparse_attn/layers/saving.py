@@ -35,7 +35,7 @@ class HasPolicies:
     def from_config(cls, config):
         config = dict(config)
         policies = config.pop("policies", None)
-        layer = cls(**config)
+        layer = cls(**config)  # that of Keras would say what is wrong in other words
         if policies:
             load = keras.saving.deserialize_keras_object
             layer._policies = {name: load(policy) for name, policy in policies.items()}
