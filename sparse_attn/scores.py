@@ -9,6 +9,7 @@ that the scores themselves do not matter for.
 import abc
 import dataclasses
 import functools
+import inspect
 
 import keras
 import numpy as np
@@ -169,7 +170,7 @@ def read_mods(score_mod, num_heads):
     found = []
     for mod in given:
         if not isinstance(mod, ScoreMod):
-            if not callable(mod) or isinstance(mod, type):
+            if not callable(mod) or isinstance(mod, type) or not _takes(mod, 4):
                 raise TypeError(received("score_mod", requirement, score_mod))
             mod = FromFunction(mod)
         heads = getattr(mod, "num_heads", None)
@@ -177,6 +178,17 @@ def read_mods(score_mod, num_heads):
             raise ValueError(received("score_mod", f"made for {num_heads} heads", mod))
         found.append(mod)
     return tuple(found)
+
+
+def _takes(function, count):
+    """Whether a function can be called with so many arguments, as far as it tells."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # one of those written in C that tell nothing
+        return True
+    return True
 
 
 def tensors_of(mods):

@@ -33,6 +33,7 @@ from sparse_attn.tracing import (
     map_range,
     may_differentiate,
     pull_back,
+    put,
     take,
     unconverted,
     unlinked,
@@ -423,7 +424,7 @@ class _Cut:
             def add(chunk, so_far):
                 (queries,), keys, sums = at(x // groups, chunk, x % groups)
                 rows, *totals = so_far
-                rows = ops.slice_update(rows, (0, chunk * run.queries, 0, 0), queries)
+                rows = put(rows, queries, (0, chunk * run.queries, 0, 0))
                 return [rows, *_add(totals, [*keys, *sums])]
 
             (queries,), keys, sums = at(x // groups, 0, x % groups)

@@ -89,6 +89,26 @@ def take(x, start, size, axis):
     return ops.slice(x, starts, shape)
 
 
+def put(x, part, start):
+    """`x` with `part` in place of its entries from `start` on, ints or int tensors, one per axis.
+
+    TensorFlow knows no gradient of `ops.slice_update`, so that gradients had none themselves.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return ops.slice_update(x, start, part)
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def update(x, part):
+        def gradient(upstream):
+            d_part = ops.slice(upstream, start, ops.shape(part))
+            return put(upstream, ops.zeros_like(part), start), d_part
+
+        return ops.slice_update(x, start, part), gradient
+
+    return update(x, part)
+
+
 def pad_rows(x, before, behind):
     """Rows of zeros on both sides of axis 1, ints or int tensors, perhaps none."""
     if keras.backend.backend() == "torch":  # `ops.pad` would leave out what is 0 in a trace
@@ -223,6 +243,23 @@ def _either(of_ints, of_tensors, of_dims, a, b):
         a, b = (torch.as_tensor(x, dtype=torch.int64) for x in (a, b))
         return getattr(torch, of_tensors)(a, b)
     return getattr(ops, of_tensors)(a, b)
+
+
+def value_of(number):
+    """The int in a scalar int tensor, or `None` where it is traced and none is in it yet."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        value = tf.get_static_value(number)
+        return None if value is None else int(value)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return None if isinstance(number, jax.core.Tracer) else int(number)
+    import torch
+
+    traced = is_traced_to_export() or torch.compiler.is_compiling() or number.is_meta
+    return None if traced else int(number)
 
 
 def is_traced_to_export():

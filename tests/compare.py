@@ -47,7 +47,8 @@ def outputs_and_gradients(function, inputs, cotangents):
 
         tensors = [jax.numpy.asarray(x) for x in inputs]
         of_all = tuple(range(len(tensors)))
-        gradients, outs = jax.grad(loss, argnums=of_all, has_aux=True)(*tensors)
+        # Jitted, as users train: each operation by itself would be compiled for each shape.
+        gradients, outs = jax.jit(jax.grad(loss, argnums=of_all, has_aux=True))(*tensors)
     else:
         import torch
 
@@ -56,6 +57,31 @@ def outputs_and_gradients(function, inputs, cotangents):
         gradients = torch.autograd.grad(total, tensors, materialize_grads=True)
         outs = [out.detach() for out in outs]
     return [to_numpy(out) for out in outs], [to_numpy(gradient) for gradient in gradients]
+
+
+def gradients_of(function):
+    """The gradients of `sum(function(*tensors))`, as a function that has gradients itself."""
+
+    def loss(*tensors):
+        return keras.ops.sum(function(*tensors))
+
+    def of_tensors(*tensors):
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                total = loss(*tensors)
+            return tape.gradient(total, tensors)
+        if BACKEND == "jax":
+            import jax
+
+            return jax.grad(loss, argnums=tuple(range(len(tensors))))(*tensors)
+        import torch
+
+        return torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
+
+    return of_tensors
 
 
 def random_inputs(n, m, seed=0, b=2, h=2, d=4, e=3, dtype=FLOAT, g=None):

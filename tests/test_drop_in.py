@@ -415,6 +415,22 @@ BAD = [
         "`sliding_window` must be .*=0",
     ),
     (lambda: MultiHeadAttention(2, 4, sliding_window=1.5), TypeError, "`sliding_window` must be"),
+    *[
+        (
+            lambda name=name: MultiHeadAttention(2, 4, **{name: "nope"}),
+            ValueError,
+            f"`{name}` must be one of `keras.{kinds}`, its name .* Received: {name}='nope'",
+        )
+        for name, kinds in {
+            "kernel_initializer": "initializers",
+            "bias_initializer": "initializers",
+            "kernel_regularizer": "regularizers",
+            "bias_regularizer": "regularizers",
+            "activity_regularizer": "regularizers",
+            "kernel_constraint": "constraints",
+            "bias_constraint": "constraints",
+        }.items()
+    ],
     (lambda: MultiHeadAttention(2, 4, use_gate=2), TypeError, "`use_gate` must be True or False"),
     (lambda: GroupedQueryAttention(0, 4, 2), ValueError, "`head_dim` must be a positive int"),
     (lambda: GroupedQueryAttention(2, 4.5, 2), ValueError, "`num_query_heads` must be .*4.5"),

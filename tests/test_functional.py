@@ -91,16 +91,18 @@ def test_scale(scale):
 # ---- Masks and biases for every pair -----------------------------------------
 
 
-@pytest.mark.parametrize(
-    "shape", [(13, 12), (1, 13, 12), (2, 13, 12), (1, 1, 13, 12), (2, 2, 13, 12)]
-)
+OF_PAIRS = [(13, 12), (2, 13, 12), (1, 2, 13, 12), (2, 2, 13, 12)]
+WITH_ONES = [(1, 12), (13, 1), (1, 1), (1, 13, 12), (2, 1, 12), (2, 2, 1, 12), (1, 1, 13, 1)]
+
+
+@pytest.mark.parametrize("shape", OF_PAIRS + WITH_ONES, ids=str)
 @pytest.mark.parametrize("pattern", SOME, ids=repr)
 def test_attention_mask(pattern, shape):
     mask = np.random.default_rng(3).random(shape) < 0.6
     assert_equals_oracle(pattern, 13, 12, attention_mask=mask, **random_masks(13, 12))
 
 
-@pytest.mark.parametrize("shape", [(13, 12), (2, 13, 12), (1, 2, 13, 12), (2, 2, 13, 12)])
+@pytest.mark.parametrize("shape", OF_PAIRS + WITH_ONES, ids=str)
 @pytest.mark.parametrize("pattern", SOME, ids=repr)
 def test_bias_and_its_gradient(pattern, shape):
     bias = np.random.default_rng(3).normal(size=shape)

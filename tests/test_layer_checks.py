@@ -10,6 +10,14 @@ from tests.layer_checks import check_layer
 SELF = {"query": (2, "n", 6)}
 CROSS = {"query": (2, "n", 6), "value": (2, "m", 5)}
 INPUTS = {"inputs": (2, "n", 6)}
+
+
+def with_relative_bias(*args, **options):
+    """An attention layer with a `RelativePositionBias`, which is called with positions alone."""
+    bias = layers.RelativePositionBias(2, embeddings_initializer="normal")
+    return layers.MultiHeadAttention(*args, score_mod=bias, **options)
+
+
 CASES = {
     "multi-head": (layers.MultiHeadAttention, (2, 4), {"pattern": Local(2)}, CROSS, 8),
     "gate": (
@@ -28,6 +36,7 @@ CASES = {
         CROSS,
         8,
     ),
+    "relative": (with_relative_bias, (2, 4), {"pattern": Local(2)}, CROSS, 9),
     "grouped": (layers.GroupedQueryAttention, (4, 4, 2), {"pattern": Local(2)}, CROSS, 8),
     "grouped gate": (layers.GroupedQueryAttention, (4, 4, 1), {"use_gate": True}, CROSS, 10),
     "self": (layers.SelfAttention, (2, 4, Causal() & Local(3)), {}, SELF, 8),
@@ -57,7 +66,7 @@ def test_layer(kind, args, options, shapes, weights, tmp_path):
 
 def test_no_layer_is_left_out():
     tested = {kind for kind, *_ in CASES.values()}
-    # `RelativePositionBias` is called with positions; `test_positions.py` tests it.
+    # In "relative" it is a part of another layer.
     assert {getattr(layers, name) for name in layers.__all__} - tested == {
         layers.RelativePositionBias
     }

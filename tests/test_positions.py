@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from keras import ops
 
-from sparse_attn import Atrous, Causal, Local, Longformer, sparse_attention
+from sparse_attn import Atrous, Causal, Local, Longformer, SoftCap, sparse_attention
 from sparse_attn.layers import (
     MultiHeadAttention,
     PositionEmbedding,
     RelativePositionBias,
     RotaryEmbedding,
+    SelfAttention,
     SinePositionEncoding,
 )
 from sparse_attn.reference import dense_attention
@@ -207,6 +208,28 @@ def test_a_layer_trains_its_bias_and_saves_it(tmp_path):
     np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_layers_may_share_a_bias_and_a_file_keeps_it_one(as_list, tmp_path):
+    bias = RelativePositionBias(2, embeddings_initializer="normal")
+    mods = [SoftCap(5), bias] if as_list else bias
+    x = query = keras.Input((None, 6))
+    for _ in range(3):
+        x = SelfAttention(2, 4, Local(4), score_mod=mods)(x)
+    model = keras.Model(query, x)
+    assert len(model.trainable_weights) == 3 * 8 + 1
+    model.compile("sgd", "mse")
+    model.fit(some(8, 12, 6), some(8, 12, 6, seed=1), verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert len(again.trainable_weights) == 3 * 8 + 1
+    expected = model.predict(some(8, 12, 6), verbose=0)
+    np.testing.assert_array_equal(again.predict(some(8, 12, 6), verbose=0), expected)
+    model.save_weights(tmp_path / "model.weights.h5")
+    again.set_weights([0 * weight for weight in again.get_weights()])
+    again.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(again.predict(some(8, 12, 6), verbose=0), expected)
+
+
 LAYERS = [
     PositionEmbedding(20, initializer="he_normal", name="a"),
     SinePositionEncoding(100, name="b"),
@@ -262,6 +285,26 @@ BAD = [
         lambda: MultiHeadAttention(2, 4, score_mod=RelativePositionBias(3)),
         ValueError,
         "`score_mod` must be made for 2 heads",
+    ),
+    (
+        lambda: PositionEmbedding(20, initializer="nope"),
+        ValueError,
+        "`initializer` must be one of `keras.initializers`, .* Received: initializer='nope'",
+    ),
+    (
+        lambda: RelativePositionBias(2, embeddings_initializer=3),
+        ValueError,
+        "`embeddings_initializer` must be one of `keras.initializers`",
+    ),
+    (
+        lambda: PositionEmbedding(20)(np.ones((2, 5, 4)), start_index=ops.convert_to_tensor(16)),
+        ValueError,
+        "The positions must lie within `sequence_length`, 20. Received: start_index=16, length=5",
+    ),
+    (
+        lambda: SinePositionEncoding()(np.ones((2, 5, 4)), start_index=ops.convert_to_tensor(-1)),
+        ValueError,
+        "`start_index` must be a non-negative int. Received: start_index=-1",
     ),
     (
         lambda: MultiHeadAttention(2, 4, rotary_embedding=3),

@@ -235,6 +235,11 @@ def test_a_function_may_forbid_pairs():
 BAD = [
     (lambda: call(score_mod=3), TypeError, "`score_mod` must be a ScoreMod, a function"),
     (lambda: call(score_mod=[cap, "x"]), TypeError, "`score_mod` must be .* Received: score_mod="),
+    (
+        lambda: call(score_mod=lambda scores: scores),
+        TypeError,
+        r"`score_mod` must be .* a function \(scores, q_pos, k_pos, head\)",
+    ),
     (lambda: call(score_mod=ALiBi), TypeError, "`score_mod` must be a ScoreMod"),
     (
         lambda: call(score_mod=ALiBi(4)),

@@ -35,6 +35,7 @@ from tests.compare import (
     FLOAT,
     assert_equals_oracle,
     close,
+    gradients_of,
     outputs_and_gradients,
     random_inputs,
     random_masks,
@@ -118,6 +119,38 @@ def test_every_path_takes_segments_of_queries_and_keys(pattern, mode):
 def test_every_path_takes_a_bias(pattern, mode):
     bias = np.random.default_rng(5).normal(size=(1, 2, 29, 29))
     assert_equals_oracle(pattern, 29, 29, bias=bias, **mode)
+
+
+@pytest.mark.parametrize("pattern", [Causal(), Causal() & Local(5), Global(2)], ids=repr)
+def test_gradients_of_gradients(pattern, mode):
+    """Along a random direction, as the oracle's gradients change."""
+    n = 29
+    inputs, masks = random_inputs(n, n), random_masks(n, n)
+    rng = np.random.default_rng(7)
+    out_grad = keras.ops.convert_to_tensor(rng.normal(size=(2, n, 2, 3)).astype(FLOAT))
+    cotangents, direction = ([rng.normal(size=x.shape).astype(FLOAT) for x in inputs] for _ in "ab")
+
+    def weighted(q, k, v):
+        return sparse_attention(q, k, v, pattern, **masks, **mode) * out_grad
+
+    found, second = outputs_and_gradients(gradients_of(weighted), inputs, cotangents)
+
+    def expected(step):
+        moved = [x.astype("float64") + step * way for x, way in zip(inputs, direction, strict=True)]
+        *_, gradients = dense_attention(*moved, pattern, out_grad=to_numpy(out_grad), **masks)
+        return [gradients[name] for name in ("query", "key", "value")]
+
+    for one, other in zip(found, expected(0), strict=True):
+        close(one, other, "gradients")
+    step = 1e-5
+    change = sum(
+        (cotangent * (after - before)).sum() / (2 * step)
+        for cotangent, after, before in zip(
+            cotangents, expected(step), expected(-step), strict=True
+        )
+    )
+    along = sum((x * way).sum() for x, way in zip(second, direction, strict=True))
+    np.testing.assert_allclose(along, change, rtol=1e-3 if FLOAT == "float32" else 1e-6)
 
 
 def dropped(pattern, cotangent, max_score_bytes, seed=4):

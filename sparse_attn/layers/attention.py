@@ -8,11 +8,18 @@ from keras import constraints, initializers, ops, regularizers
 
 from sparse_attn.checks import check_bool, check_int, check_rate, check_tensor, received
 from sparse_attn.functional import attention_weights, sparse_attention
+from sparse_attn.layers.arguments import (
+    read_features,
+    read_layer,
+    read_object,
+    read_pattern,
+    read_score_mod,
+    read_window,
+)
 from sparse_attn.layers.projection import Projection, as_shaped
-from sparse_attn.layers.saving import HasPolicies, load_pattern, save_pattern
+from sparse_attn.layers.saving import HasPolicies, save_pattern, save_shared
 from sparse_attn.masking import check_mask, zero_masked
-from sparse_attn.patterns import Causal, Full, Local, PerHead, check_pattern
-from sparse_attn.scores import read_mods
+from sparse_attn.patterns import Causal, Full, Local, PerHead
 from sparse_attn.stream import MAX_SCORE_BYTES
 
 
@@ -57,32 +64,38 @@ class Attention(HasPolicies, keras.layers.Layer):
         self._num_heads, self._key_heads = num_heads, key_heads
         self._key_dim, self._value_dim = key_dim, value_dim
         self._given_pattern = read_pattern(pattern)
-        self._sliding_window = _check_window(sliding_window)
+        self._sliding_window = read_window(sliding_window)
         self.pattern = self._given_pattern
         if sliding_window is not None:
             window = Local(self._sliding_window - 1)
             self.pattern = window if self.pattern == Full() else window & self.pattern
         if isinstance(self.pattern, PerHead):
             self.pattern.groups(num_heads)  # as many heads as it can share out
-        self.score_mod = _read_score_mod(score_mod, num_heads)
-        self.rotary_embedding = _read_layer("rotary_embedding", rotary_embedding)
+        self.score_mod = read_score_mod(score_mod, num_heads)
+        self.rotary_embedding = read_layer("rotary_embedding", rotary_embedding)
         self.dropout = check_rate("dropout", dropout)
         self.use_bias = check_bool("use_bias", use_bias)
         self.use_gate = check_bool("use_gate", use_gate)
-        self._output_features = _features(output_shape)
+        self._output_features = read_features(output_shape)
         if flash_attention is not None and check_bool("flash_attention", flash_attention):
             raise ValueError(
                 "`flash_attention` must be None or False: there is no fused kernel for patterns, "
                 "on any backend; tiles are small without one. Received: flash_attention=True"
             )
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
+        self.kernel_initializer = read_object(
+            initializers, "kernel_initializer", kernel_initializer
+        )
+        self.bias_initializer = read_object(initializers, "bias_initializer", bias_initializer)
+        self.kernel_regularizer = read_object(
+            regularizers, "kernel_regularizer", kernel_regularizer
+        )
+        self.bias_regularizer = read_object(regularizers, "bias_regularizer", bias_regularizer)
         # Of the sublayers, as in Keras' own layers, and not of this one.
-        self.sublayer_activity_regularizer = regularizers.get(activity_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
+        self.sublayer_activity_regularizer = read_object(
+            regularizers, "activity_regularizer", activity_regularizer
+        )
+        self.kernel_constraint = read_object(constraints, "kernel_constraint", kernel_constraint)
+        self.bias_constraint = read_object(constraints, "bias_constraint", bias_constraint)
         self.seed = None if seed is None else check_int("seed", seed)
         self.max_score_bytes = check_int("max_score_bytes", max_score_bytes, minimum=0)
 
@@ -316,8 +329,8 @@ class Attention(HasPolicies, keras.layers.Layer):
         config = {
             **super().get_config(),
             "pattern": save_pattern(self._given_pattern),
-            "score_mod": keras.saving.serialize_keras_object(self.score_mod),
-            "rotary_embedding": keras.saving.serialize_keras_object(self.rotary_embedding),
+            "score_mod": save_shared(self.score_mod),
+            "rotary_embedding": save_shared(self.rotary_embedding),
             "dropout": self.dropout,
             "use_bias": self.use_bias,
             "output_shape": output_shape,
@@ -350,67 +363,8 @@ def _by_heads(x, like, heads):
     return ops.reshape(x, (batch, length, heads, x.shape[-1] // heads))
 
 
-def read_size(name, value):
-    """Return `value` as a positive int, or raise `ValueError`, as Keras' layers do."""
-    try:
-        return check_int(name, value, minimum=1)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The argument {error}") from None
-
-
-def read_pattern(pattern):
-    """The pattern that a constructor was given: one, its config, or `None` for `Full()`."""
-    if isinstance(pattern, dict):
-        pattern = load_pattern(pattern)
-    return check_pattern("pattern", Full() if pattern is None else pattern)
-
-
-def _read_score_mod(score_mod, num_heads):
-    """What a constructor was given: anything that `sparse_attention` takes, or its config."""
-    if isinstance(score_mod, dict):
-        score_mod = keras.saving.deserialize_keras_object(score_mod)
-    if isinstance(score_mod, (list, tuple)):
-        load = keras.saving.deserialize_keras_object
-        score_mod = [load(mod) if isinstance(mod, dict) else mod for mod in score_mod]
-    read_mods(score_mod, num_heads)
-    return score_mod
-
-
 def _as_list(score_mod):
     return score_mod if isinstance(score_mod, (list, tuple)) else [score_mod]
-
-
-def _read_layer(name, layer):
-    if isinstance(layer, dict):
-        layer = keras.saving.deserialize_keras_object(layer)
-    if not (layer is None or isinstance(layer, keras.layers.Layer)):
-        raise TypeError(received(name, "a Keras layer or None", layer))
-    return layer
-
-
-def _check_window(sliding_window):
-    if sliding_window is None:
-        return None
-    try:
-        return check_int("sliding_window", sliding_window, minimum=1)
-    except (TypeError, ValueError) as error:
-        told = received("sliding_window", "None or a positive int", sliding_window)
-        raise type(error)(told) from None
-
-
-def _features(output_shape):
-    if output_shape is None:
-        return None
-    sizes = output_shape if isinstance(output_shape, (tuple, list)) else [output_shape]
-    try:
-        if not sizes:
-            raise ValueError
-        return tuple(check_int("output_shape", size, minimum=1) for size in sizes)
-    except (TypeError, ValueError):
-        raise ValueError(
-            "Invalid `output_shape`: it must be a positive int or a tuple of them. "
-            f"Received: output_shape={output_shape!r}"
-        ) from None
 
 
 def read_mask(name, mask, inputs):

@@ -3,7 +3,8 @@
 import keras
 
 from sparse_attn.checks import check_int, received
-from sparse_attn.layers.attention import Attention, read_size
+from sparse_attn.layers.arguments import read_size
+from sparse_attn.layers.attention import Attention
 from sparse_attn.stream import MAX_SCORE_BYTES
 
 

@@ -7,9 +7,10 @@ from einops import rearrange
 from keras import initializers, ops
 
 from sparse_attn.checks import check_bool, check_int, check_positive, check_tensor, received
+from sparse_attn.layers.arguments import read_object
 from sparse_attn.layers.saving import HasPolicies
 from sparse_attn.scores import PositionBias, tensors_of
-from sparse_attn.tracing import gather
+from sparse_attn.tracing import gather, value_of
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
@@ -51,7 +52,7 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
         super().__init__(**kwargs)
         self.supports_masking = True
         self.sequence_length = check_int("sequence_length", sequence_length, minimum=1)
-        self.initializer = initializers.get(initializer)
+        self.initializer = read_object(initializers, "initializer", initializer)
 
     def build(self, inputs_shape):
         _check_rank(inputs_shape)
@@ -65,14 +66,7 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
         self.embedding.build(inputs_shape[:-1])
 
     def call(self, inputs, start_index=0):
-        start_index = _check_start(start_index)
-        length = inputs.shape[1]
-        known = isinstance(length, int) and isinstance(start_index, int)
-        if known and start_index + length > self.sequence_length:
-            raise ValueError(
-                f"The positions must lie within `sequence_length`, {self.sequence_length}. "
-                f"Received: start_index={start_index}, length={length}"
-            )
+        start_index = _check_start(start_index, inputs.shape[1], self.sequence_length)
         positions = _positions(inputs, start_index)
         return ops.broadcast_to(self.embedding(positions)[None], ops.shape(inputs))
 
@@ -231,8 +225,9 @@ class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
     An `Embedding` sublayer of buckets of distances: one for each short distance,
     and beyond these wider and wider ones, the last for `max_distance` and more.
     Give it to an attention layer or to `sparse_attention` as `score_mod`; it is
-    worked out at the pairs that are scored, and no others. Each layer needs one of
-    its own: Keras saves what two layers share as two.
+    worked out at the pairs that are scored, and no others. Layers may share one, as
+    those of T5 do: a `.keras` file keeps it one, while `clone_model` and
+    `model_from_json` give each layer one of its own.
 
     Args:
         num_heads: a positive int, that of the queries.
@@ -282,7 +277,9 @@ class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
         if self.max_distance <= self._exact:
             requirement = f"more than {self._exact}, the distances with a bucket of their own"
             raise ValueError(received("max_distance", requirement, max_distance))
-        self.embeddings_initializer = initializers.get(embeddings_initializer)
+        self.embeddings_initializer = read_object(
+            initializers, "embeddings_initializer", embeddings_initializer
+        )
 
     @property
     def _one_sided(self):
@@ -354,10 +351,21 @@ def _check_rank(shape):
         )
 
 
-def _check_start(start_index):
+def _check_start(start_index, length=None, limit=math.inf):
+    """The argument as an int or an int32 tensor; an int, or a tensor at hand, is looked at."""
+    known = start_index
     if ops.is_tensor(start_index):
-        return ops.cast(check_tensor("start_index", start_index, "int", ()), "int32")
-    return check_int("start_index", start_index, minimum=0)
+        check_tensor("start_index", start_index, "int", ())
+        known, start_index = value_of(start_index), ops.cast(start_index, "int32")
+    if known is None:
+        return start_index
+    known = check_int("start_index", known, minimum=0)
+    if isinstance(length, int) and known + length > limit:
+        raise ValueError(
+            f"The positions must lie within `sequence_length`, {limit}. "
+            f"Received: start_index={known}, length={length}"
+        )
+    return start_index if ops.is_tensor(start_index) else known
 
 
 def _check_positions(positions, start_index, shape):

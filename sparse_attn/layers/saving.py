@@ -42,6 +42,16 @@ class HasPolicies:
         return layer
 
 
+def save_shared(thing):
+    """The config of an object, or of a list of them, that several layers of a model may hold.
+
+    In a `.keras` file Keras marks the config of what it meets a second time, and that which it
+    made the first time; but of the latter a copy is in the file by then. So it meets it twice here.
+    """
+    keras.saving.serialize_keras_object(thing)
+    return keras.saving.serialize_keras_object(thing)
+
+
 def save_pattern(pattern):
     """The config of a pattern, which tells where classes of a user's own are defined."""
     modules = {

@@ -3,7 +3,8 @@
 import keras
 
 from sparse_attn.checks import check_bool
-from sparse_attn.layers.attention import read_mask, read_pattern
+from sparse_attn.layers.arguments import read_pattern
+from sparse_attn.layers.attention import read_mask
 from sparse_attn.layers.multi_head_attention import MultiHeadAttention
 from sparse_attn.layers.saving import save_pattern
 from sparse_attn.patterns import Atrous, Causal, Local, Strided
