@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import keras
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from sparse_attn import (
@@ -135,6 +136,12 @@ EXPRESSIONS = [
     Diagonals() & Local(4),
     (Diagonals() | Near(1)) & ~Prefix(1),
 ]
+
+
+def examples(count):
+    """As many random examples of a test; fewer on JAX, which compiles for each shape."""
+    count = count // 8 if keras.backend.backend() == "jax" else count
+    return settings(max_examples=count, deadline=None)
 
 
 def longest(pattern):

@@ -13,6 +13,7 @@ COSTS = {
     (terms, "PART_PAIRS"): 0,
     (plan.blocks, "SIZES"): (2, 4),  # of blocks that are looked for
 }
+ON_JAX = keras.backend.backend() == "jax"
 CASES_ON_JAX = 10
 DEFAULTS = {(module, name): getattr(module, name) for module, name in COSTS}
 
@@ -39,13 +40,26 @@ def default_costs():
     use(COSTS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_for_one_module():
+    """What JAX compiled is held no longer than for one module, and it is compiled in haste."""
+    if not ON_JAX:
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.clear_caches()
+
+
 def pytest_addoption(parser):
     parser.addoption("--all-cases", action="store_true", help="all cases of each test, on JAX too")
 
 
 def pytest_collection_modifyitems(config, items):
     """On JAX a few cases of each test stand for all: it compiles each operation for each shape."""
-    if keras.backend.backend() != "jax" or config.getoption("--all-cases"):
+    if not ON_JAX or config.getoption("--all-cases"):
         return
     cases = collections.defaultdict(list)
     for item in items:

@@ -6,7 +6,7 @@ import tracemalloc
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from sparse_attn import (
     Atrous,
@@ -24,7 +24,16 @@ from sparse_attn import (
     sparse_attention,
 )
 from sparse_attn.costs import Cost, count_pairs
-from tests.cases import EXPRESSIONS, LEAVES, UNEQUAL, Diagonals, Near, expressions, lengths
+from tests.cases import (
+    EXPRESSIONS,
+    LEAVES,
+    UNEQUAL,
+    Diagonals,
+    Near,
+    examples,
+    expressions,
+    lengths,
+)
 
 SOME = [Local(20), Causal() & Strided(16), Longformer(9, 2), BigBird(300, 16), Near(3)]
 
@@ -53,7 +62,7 @@ def test_pairs_of_unequal_lengths(pattern, n, m):
     assert count_pairs(pattern, n, m) == mask.sum()
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(expressions, lengths)
 def test_pairs_of_random_expressions(pattern, n):
     assert count_pairs(pattern, n, n) == pattern.mask(n).sum()

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_attn import (
@@ -24,7 +24,7 @@ from sparse_attn import (
 )
 from sparse_attn.functional import attention_weights
 from sparse_attn.reference import dense_attention
-from tests.cases import EXPRESSIONS, LEAVES, LENGTHS, UNEQUAL, expressions, lengths
+from tests.cases import EXPRESSIONS, LEAVES, LENGTHS, UNEQUAL, examples, expressions, lengths
 from tests.compare import (
     BACKEND,
     FLOAT,
@@ -66,7 +66,7 @@ def test_unequal_lengths_equal_oracle(pattern, n, m):
 
 
 @given(expressions, lengths, lengths, st.integers(0, 100), st.floats(0, 1))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_any_expression_equals_oracle(pattern, n, m, seed, share):
     assert_equals_oracle(pattern, n, m, seed, **random_masks(n, m, seed, share=share))
 

@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_attn import (
@@ -22,7 +22,7 @@ from sparse_attn import (
 from sparse_attn.functional import attention_weights
 from sparse_attn.layers import MultiHeadAttention, SelfAttention
 from sparse_attn.reference import dense_attention
-from tests.cases import expressions, lengths
+from tests.cases import examples, expressions, lengths
 from tests.compare import FLOAT, close, outputs_and_gradients, random_inputs, random_masks, to_numpy
 
 PATTERNS = [
@@ -39,7 +39,7 @@ def test_every_head_has_its_pattern(pattern, max_score_bytes):
     check(pattern, 29, max_score_bytes)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(expressions, expressions, lengths, st.sampled_from([0, 2**30]))
 def test_random_expressions_by_head_within_segments(first, second, n, max_score_bytes):
     check(PerHead([first, second]), n, max_score_bytes)

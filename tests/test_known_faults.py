@@ -8,7 +8,7 @@ from sparse_attn import Atrous, Causal, Local, Strided, plan, sparse_attention
 from sparse_attn.functional import attention_weights
 from sparse_attn.layers import AtrousSelfAttention, LocalSelfAttention, StridedSelfAttention
 from sparse_attn.reference import dense_attention
-from tests.compare import random_inputs, to_numpy
+from tests.compare import close, random_inputs, to_numpy
 from tests.test_plan import counts
 
 LAYERS = [
@@ -38,7 +38,7 @@ def test_padding_that_the_layout_adds_takes_no_part(pattern, n):
     v = np.ones((1, n, 1, 2))
     q = np.ones((1, n, 1, 2))
     out = to_numpy(sparse_attention(q, -100 * q, v, pattern))
-    np.testing.assert_allclose(out, v, atol=1e-12)
+    close(out, v, "out")
 
 
 @pytest.mark.parametrize("n", [16, 64])
@@ -64,7 +64,7 @@ def test_no_pair_of_strided_is_counted_twice(n):
     identity = np.eye(n)[None, :, None, :]
     weights = to_numpy(sparse_attention(zeros, zeros, identity, Strided(4)))[0, :, 0]
     mask = Strided(4).mask(n)
-    np.testing.assert_allclose(weights, mask / mask.sum(axis=1, keepdims=True), atol=1e-12)
+    close(weights, mask / mask.sum(axis=1, keepdims=True), "weights")
 
 
 @pytest.mark.parametrize("make", LAYERS)

@@ -9,7 +9,7 @@ import zlib
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 import sparse_attn.expressions as expressions_module
 from sparse_attn import (
@@ -39,7 +39,7 @@ from sparse_attn import (
     pictures,
 )
 from sparse_attn.patterns import look_up
-from tests.cases import EXPRESSIONS, LEAVES, Diagonals, Near, expressions
+from tests.cases import EXPRESSIONS, LEAVES, Diagonals, Near, examples, expressions
 
 DRAWN_BLOCKS = [[3, 5], [1, 4], [2, 4], [1, 4], [1, 3], [1, 2]]
 
@@ -332,7 +332,7 @@ def test_mask_of_unequal_lengths_is_a_corner_of_a_larger_one(pattern):
 
 
 @given(expressions, expressions)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_algebra_is_that_of_sets(a, b):
     n = 9
     np.testing.assert_array_equal((a & b).mask(n), a.mask(n) & b.mask(n))
@@ -349,14 +349,14 @@ def test_predicate_agrees_on_tensors(pattern):
 
 
 @given(expressions)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_repr_is_the_code_that_makes_it(pattern):
     names = {**expressions_module.kinds(), "Near": Near, "Diagonals": Diagonals}
     assert eval(repr(pattern), names) == pattern  # noqa: S307
 
 
 @given(expressions)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_equal_by_value_and_hashable(pattern):
     names = {**expressions_module.kinds(), "Near": Near, "Diagonals": Diagonals}
     again = eval(repr(pattern), names)  # noqa: S307
@@ -424,7 +424,7 @@ def test_patterns_are_frozen(pattern, name):
 
 
 @given(expressions)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_config_round_trip_is_json(pattern):
     config = json.loads(json.dumps(pattern.get_config()))
     again = type(pattern).from_config(config)
@@ -452,7 +452,7 @@ def test_parse(text, pattern):
 
 
 @given(expressions)
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_parse_reads_every_repr_of_our_own_patterns(pattern):
     if "Near" in repr(pattern) or "Diagonals" in repr(pattern):
         with pytest.raises(ValueError, match="A pattern must be made of And, Atrous"):

@@ -6,7 +6,7 @@ import importlib
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from sparse_attn import (
     Atrous,
@@ -42,6 +42,7 @@ from tests.cases import (
     UNEQUAL,
     Diagonals,
     Near,
+    examples,
     expressions,
     lengths,
     longest,
@@ -116,20 +117,20 @@ def test_the_last_row_of_a_grid_may_not_be_full():
 
 
 @given(expressions, lengths, lengths)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_each_pair_of_any_expression_is_scored_exactly_once(pattern, n, m):
     check(pattern, n, m)
 
 
 @given(expressions, lengths, lengths)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_plan_for_unknown_lengths_is_right_at_any(pattern, n, m):
     found = counts(plan(pattern), n, m)
     np.testing.assert_array_equal(found, pattern.mask(n, m).astype(int))
 
 
 @given(expressions, lengths)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_plan_for_any_positions(pattern, m):
     q_pos = np.random.default_rng(m).integers(0, m + 3, 4).astype("int32")
     parts = plan_at(pattern, keras.ops.convert_to_tensor(q_pos), 4, m, dim=1)

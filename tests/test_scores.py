@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 
@@ -26,7 +26,7 @@ from sparse_attn import (
     sparse_attention,
 )
 from sparse_attn.reference import dense_attention
-from tests.cases import Diagonals, expressions, lengths
+from tests.cases import Diagonals, examples, expressions, lengths
 from tests.compare import (
     FLOAT,
     assert_equals_oracle,
@@ -126,7 +126,7 @@ def test_everything_at_once(pattern, max_score_bytes, positions):
     assert_equals_oracle(pattern, n, m, h=h, g=g, **options)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(expressions, expressions, lengths, st.sampled_from([1, 2, 4]), st.sampled_from([0, 2**30]))
 def test_any_expression_with_shared_keys_and_modified_scores(a, b, n, g, max_score_bytes):
     options = {"score_mod": MODS["both"][0], "oracle": {"score_mod": MODS["both"][1]}}

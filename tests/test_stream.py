@@ -121,7 +121,9 @@ def test_every_path_takes_a_bias(pattern, mode):
     assert_equals_oracle(pattern, 29, 29, bias=bias, **mode)
 
 
-@pytest.mark.parametrize("pattern", [Causal(), Causal() & Local(5), Global(2)], ids=repr)
+@pytest.mark.parametrize(
+    "pattern", [Causal(), Local(2), Causal() & Strided(4), Global(2)], ids=repr
+)
 def test_gradients_of_gradients(pattern, mode):
     """Along a random direction, as the oracle's gradients change."""
     n = 29
@@ -283,46 +285,6 @@ def test_every_path_takes_query_positions(pattern, mode):
     positions = np.array([28, 3, 3, 17, 0, 40])
     masks = random_masks(6, 31)
     assert_equals_oracle(pattern, 6, 31, query_positions=positions, **masks, **mode)
-
-
-def second_derivative(function, x):
-    """The gradient of the sum of squares of the gradient of `sum(function(x) ** 3)`."""
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        x = tf.constant(x)
-        with tf.GradientTape() as outer:
-            outer.watch(x)
-            with tf.GradientTape() as inner:
-                inner.watch(x)
-                total = tf.reduce_sum(function(x) ** 3)
-            squares = tf.reduce_sum(inner.gradient(total, x) ** 2)
-        return to_numpy(outer.gradient(squares, x))
-    if BACKEND == "jax":
-        import jax
-
-        first = jax.grad(lambda x: (function(x) ** 3).sum())
-        return to_numpy(jax.grad(lambda x: (first(x) ** 2).sum())(x))
-    import torch
-
-    x = torch.tensor(x, requires_grad=True)
-    (first,) = torch.autograd.grad((function(x) ** 3).sum(), x, create_graph=True)
-    return to_numpy(torch.autograd.grad((first**2).sum(), x)[0])
-
-
-@pytest.mark.parametrize("pattern", [Local(2), Causal() & Strided(4)], ids=repr)
-def test_second_derivatives(pattern, mode):
-    (x,) = random_inputs(13, 13, b=1, d=3)[:1]
-    mask = pattern.mask(13)
-
-    def dense(x):
-        scores = keras.ops.einsum("bnhd,bmhd->bhnm", x, x) * 3**-0.5
-        weights = keras.ops.softmax(keras.ops.where(mask, scores, -1e9))
-        return keras.ops.einsum("bhnm,bmhd->bnhd", weights, x)
-
-    found = second_derivative(lambda x: sparse_attention(x, x, x, pattern, **mode), x)
-    expected = second_derivative(dense, x)
-    np.testing.assert_allclose(found, expected, rtol=1e-7 if BACKEND != "jax" else 1e-3)
 
 
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="what PyTorch's tensors hold")
