@@ -16,6 +16,15 @@ def to_numpy(x):
     return keras.ops.convert_to_numpy(x)
 
 
+def at_once(function):
+    """The function jitted, on JAX: it would compile each operation for each shape by itself."""
+    if BACKEND != "jax":
+        return function
+    import jax
+
+    return jax.jit(function)
+
+
 def outputs_and_gradients(function, inputs, cotangents):
     """The outputs of a function of tensors, and the gradients of `sum(output * cotangent)`.
 
@@ -47,8 +56,7 @@ def outputs_and_gradients(function, inputs, cotangents):
 
         tensors = [jax.numpy.asarray(x) for x in inputs]
         of_all = tuple(range(len(tensors)))
-        # Jitted, as users train: each operation by itself would be compiled for each shape.
-        gradients, outs = jax.jit(jax.grad(loss, argnums=of_all, has_aux=True))(*tensors)
+        gradients, outs = at_once(jax.grad(loss, argnums=of_all, has_aux=True))(*tensors)
     else:
         import torch
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from functools import partial
 
 import keras
 import numpy as np
@@ -47,7 +48,7 @@ from tests.cases import (
     lengths,
     longest,
 )
-from tests.compare import to_numpy
+from tests.compare import at_once, to_numpy
 
 plan_module = importlib.import_module("sparse_attn.plan")  # `plan` alone is the function
 
@@ -55,36 +56,47 @@ plan_module = importlib.import_module("sparse_attn.plan")  # `plan` alone is the
 def counts(parts, n, m, q_pos=None):
     """How often each pair is scored, by scattering the tiles' pairs back."""
     found = np.zeros((n, m), int)
-    if q_pos is not None:
-        q_pos = keras.ops.convert_to_tensor(q_pos)
     for part in parts:
-        queries, keys = Chosen(part.queries, n), Chosen(part.keys, m)
-        layout = part.layout.at(queries.count, keys.count)
-        tiles = Tiles(part, layout, queries, keys, Given((0,), q_pos=q_pos))
-        # The row that a query or a key came from goes through the cut as its vector does.
-        rows, columns = (
-            x.pick(keras.ops.arange(1, x.size + 1, dtype="int32")[None, :, None, None])
-            for x in (queries, keys)
-        )
-        rows = tiles.layout.split_queries(rows)
-        columns = tiles.layout.split_keys(columns, queries.count)
-        for row, column, terms in zip(rows, columns, tiles.masks, strict=True):
+        for row, column, masks in at_once(partial(cut_numbers, part, n, m))(q_pos=q_pos):
             row, column = to_numpy(row)[0, 0], to_numpy(column)[0, 0, :, :, 0][:, None, :]
             row, column = np.broadcast_arrays(row, column)
             allowed = row > 0
-            for term in terms:
-                allowed = allowed & to_numpy(term.function(*term.tensors))[0, 0]
+            for mask in masks:
+                allowed = allowed & to_numpy(mask)[0, 0]
             assert (column[allowed] > 0).all(), "padding may be attended"
             np.add.at(found, (row[allowed] - 1, column[allowed] - 1), 1)
     return found
 
 
+def cut_numbers(part, n, m, q_pos):
+    """For each run of tiles: the rows that its queries and its keys are, from 1 on, and its masks.
+
+    The number of a row goes through the cut as its vector does.
+    """
+    q_pos = None if q_pos is None else keras.ops.convert_to_tensor(q_pos)
+    queries, keys = Chosen(part.queries, n), Chosen(part.keys, m)
+    layout = part.layout.at(queries.count, keys.count)
+    tiles = Tiles(part, layout, queries, keys, Given((0,), q_pos=q_pos))
+    rows, columns = (
+        x.pick(keras.ops.arange(1, x.size + 1, dtype="int32")[None, :, None, None])
+        for x in (queries, keys)
+    )
+    rows = tiles.layout.split_queries(rows)
+    columns = tiles.layout.split_keys(columns, queries.count)
+    masks = [[term.function(*term.tensors) for term in terms] for terms in tiles.masks]
+    return list(zip(rows, columns, masks, strict=True))
+
+
 def tile_pairs(part, n, m):
     """Pairs in a part's tiles, counted from the tiles."""
     n, m = Chosen(part.queries, n).count, Chosen(part.keys, m).count
-    queries = part.layout.split_queries(keras.ops.zeros((1, n, 1, 1)))
-    keys = part.layout.split_keys(keras.ops.zeros((1, m, 1, 1)), n)
-    return sum(q.shape[2] * q.shape[3] * k.shape[3] for q, k in zip(queries, keys, strict=True))
+
+    @at_once
+    def cut():
+        queries = part.layout.split_queries(keras.ops.zeros((1, n, 1, 1)))
+        return queries, part.layout.split_keys(keras.ops.zeros((1, m, 1, 1)), n)
+
+    return sum(q.shape[2] * q.shape[3] * k.shape[3] for q, k in zip(*cut(), strict=True))
 
 
 def check(pattern, n, m):
