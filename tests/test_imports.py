@@ -34,7 +34,7 @@ ALLOWED = {
     | {"einops", "attend", "layouts", "masking", "scores", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
     "show": {"argparse", "os", "pathlib", "sys", "parse_pattern", "patterns", "plan"},
-    "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks", "tracing"},
+    "scores": {"abc", "dataclasses", "functools", "inspect", "keras", "numpy", "checks", "tracing"},
     "tiles": {"functools", "math", "dataclasses", "einops", "keras", "bounds", "checks"}
     | {"masking", "patterns", "plan", "scores", "stream", "terms"},
     "functional": {"itertools", "dataclasses", "keras", "numpy", "einops", "attend", "bounds"}

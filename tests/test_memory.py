@@ -134,7 +134,7 @@ def tensors(shape, dtype="float32"):
 def most_bytes_in_use(pattern, task, shape, dtype):
     """The most bytes that TensorFlow's allocator has given out during a step, its inputs with it.
 
-    Its turns differ, and what is new to a thread comes on top: the least of three.
+    Its turns differ, and the more so on a busy machine: the middle one of three.
     """
     import tensorflow as tf
 
@@ -151,7 +151,7 @@ def most_bytes_in_use(pattern, task, shape, dtype):
         step(*x)
         peaks.append(memory.get_memory_info("CPU:0")["peak"] - before)
         del x
-    return min(peaks)
+    return sorted(peaks)[1]
 
 
 @pytest.mark.timeout(300)

@@ -354,11 +354,11 @@ def test_blocks_of_a_long_sequence_are_found_in_memory_that_follows_the_pattern(
 
     tracemalloc.start()
     plan_module._cached_plan.cache_clear()
-    (part,) = plan(Near(20), 2**15)
+    (part,) = plan(Near(20), 2**14)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert part.bound == Band(20, 20)
-    assert peak < 2**27  # its mask would take 2**30 bytes
+    assert peak < 2**25  # its mask would take 2**28 bytes
 
 
 def test_a_predicate_of_keras_operations_is_asked_within_a_traced_function():
