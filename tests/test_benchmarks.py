@@ -6,6 +6,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -29,6 +30,9 @@ PATTERNS = [
 ]
 on_linux = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="peaks of memory are read from /proc"
+)
+once = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="each contender chooses its own backend"
 )
 with_matplotlib = pytest.mark.skipif(
     find_spec("matplotlib") is None, reason="plots need matplotlib, of the extra [bench]"
@@ -176,6 +180,7 @@ def test_messages_name_no_folders():
 
 
 @on_linux
+@once
 def test_a_row_is_measured_in_processes_of_their_own_and_failures_are_told():
     jobs = (Job(TF, "Local(16)", 64), Job("Keras dense", "Full()", 64), Job(TF, "Nothing(1)", 64))
     ours, dense, failed = measure(Row("tiny", jobs), rounds=2, pause=0)
@@ -194,6 +199,7 @@ def test_a_row_is_measured_in_processes_of_their_own_and_failures_are_told():
 
 
 @on_linux
+@once
 @with_matplotlib
 @pytest.mark.skipif(find_spec("tqdm") is None, reason="the bar needs tqdm, of the extra [bench]")
 @pytest.mark.parametrize(("pattern", "status"), [("Local(16)", 0), ("Nothing(1)", 1)])
