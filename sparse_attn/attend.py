@@ -2,6 +2,7 @@
 
 import functools
 
+import keras
 from einops import einsum
 from keras import ops
 
@@ -21,8 +22,21 @@ def score(query, key, dtype):
 
 
 def log_sum_exp(scores, weights):
-    """`(b, h, t, i)`: the largest weight is `exp(largest score - lse)`."""
-    return ops.max(scores, axis=-1) - ops.log(ops.max(weights, axis=-1))
+    """`(b, h, t, i)` of the scores and their softmax.
+
+    The largest weight is `exp(largest score - lse)`. XLA may work out a score anew, a bit other
+    than the largest of them: its gradient, shared out to all that equal it, would be 0 / 0.
+    """
+
+    def found(scores, weights):
+        def gradient(upstream):
+            return ops.cast(weights * upstream[..., None], scores.dtype), ops.zeros_like(weights)
+
+        return ops.max(scores, axis=-1) - ops.log(ops.max(weights, axis=-1)), gradient
+
+    if keras.backend.backend() == "torch":  # which has no XLA, and exports no such gradient
+        return found(scores, weights)[0]
+    return ops.custom_gradient(found)(scores, weights)
 
 
 def average(weights, value):

@@ -97,6 +97,12 @@ def test_modified_scores_equal_oracle(pattern, mod, expected, max_score_bytes):
     assert_equals_oracle(pattern, 29, 29, max_score_bytes=max_score_bytes, **options)
 
 
+def test_scores_that_xla_works_out_anew_have_gradients_by_their_log_sum_exp():
+    # Of a largest score that equals none of the scores any more, the gradient was 0 / 0.
+    options = {"score_mod": on_tensors(own), "oracle": {"score_mod": own}, "h": 4}
+    assert_equals_oracle(Blocks(5), 29, 29, **options, **random_masks(29, 29))
+
+
 @pytest.mark.parametrize("g", [1, 2])
 @kept_or_not
 @every_pattern
