@@ -25,9 +25,12 @@ def check_int(name, value, minimum=None):
         ValueError: if it is less than `minimum`.
     """
     requirement = _INTS.get(minimum, f"an int of at least {minimum}")
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool):
         raise TypeError(received(name, requirement, value))
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except (AttributeError, TypeError):  # arrays and classes have `__index__` too
+        raise TypeError(received(name, requirement, value)) from None
     if minimum is not None and number < minimum:
         raise ValueError(received(name, requirement, value))
     return number

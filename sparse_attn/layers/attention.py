@@ -160,7 +160,7 @@ class Attention(HasPolicies, keras.layers.Layer):
             activity_regularizer=self.sublayer_activity_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
-            dtype=self.policy_of(name),
+            **self.computing(name),
             name=name,
         )
         layer.build(shape)

@@ -60,7 +60,7 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
             self.sequence_length,
             inputs_shape[-1],
             embeddings_initializer=self.initializer,
-            dtype=self.policy_of("embedding"),
+            **self.computing("embedding"),
             name="embedding",
         )
         self.embedding.build(inputs_shape[:-1])
@@ -294,7 +294,7 @@ class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
             self.num_buckets,
             self.num_heads,
             embeddings_initializer=self.embeddings_initializer,
-            dtype=self.policy_of("embedding"),
+            **self.computing("embedding"),
             name="embedding",
         )
         self.embedding.build((None,))

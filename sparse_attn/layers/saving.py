@@ -7,29 +7,29 @@ from sparse_attn.patterns import Pattern
 
 
 class HasPolicies:
-    """A layer that tells its sublayers their policies, and saves them by their names.
+    """A layer that tells its sublayers how they compute, and saves that by their names.
 
-    A path would not do: that of a layer within another one is not the same after it is loaded.
+    It is a dtype policy and, where they are quantized, how. A path would not do for a name: that
+    of a layer within another one is not the same after it is loaded.
     """
 
-    _policies = None  # of sublayers that are yet to be made, by name
+    _computing = None  # of sublayers that are yet to be made: their arguments, by name
 
-    def policy_of(self, name):
-        """The policy of a sublayer: one that holds a whole map of them cannot be saved."""
-        if self._policies and name in self._policies:
-            return self._policies[name]
+    def computing(self, name):
+        """Arguments of a sublayer: its policy is one that holds no map, which cannot be saved."""
+        if self._computing and name in self._computing:
+            return self._computing[name]
         policy = self.dtype_policy
         is_map = isinstance(policy, dtype_policies.DTypePolicyMap)
-        return policy[f"{self.path}/{name}"] if is_map else policy
+        return {"dtype": policy[f"{self.path}/{name}"] if is_map else policy}
 
     def with_policies(self, config, *sublayers):
-        """The config of the layer, with the policies of its own sublayers if any differs."""
-        policies = dict(self._policies or {})
-        policies |= {sub.name: sub.dtype_policy for sub in sublayers}
-        if all(policy == self.dtype_policy for policy in policies.values()):
+        """The config of the layer, with what its own sublayers have that it has not."""
+        found = dict(self._computing or {})
+        found |= {sub.name: _computing_of(sub) for sub in sublayers}
+        if all(own == {"dtype": self.dtype_policy} for own in found.values()):
             return config
-        save = keras.saving.serialize_keras_object
-        return {**config, "policies": {name: save(policy) for name, policy in policies.items()}}
+        return {**config, "policies": keras.saving.serialize_keras_object(found)}
 
     @classmethod
     def from_config(cls, config):
@@ -37,9 +37,14 @@ class HasPolicies:
         policies = config.pop("policies", None)
         layer = cls(**config)  # that of Keras would say what is wrong in other words
         if policies:
-            load = keras.saving.deserialize_keras_object
-            layer._policies = {name: load(policy) for name, policy in policies.items()}
+            layer._computing = keras.saving.deserialize_keras_object(policies)
         return layer
+
+
+def _computing_of(sublayer):
+    how = getattr(sublayer, "quantization_config", None)
+    own = {"dtype": sublayer.dtype_policy}
+    return own if how is None else {**own, "quantization_config": how}
 
 
 def save_shared(thing):
