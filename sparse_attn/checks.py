@@ -3,6 +3,7 @@
 A message names the argument, says what it must be, and shows what came.
 """
 
+import inspect
 import math
 import numbers
 import operator
@@ -117,3 +118,14 @@ def _shape_text(shape):
     sizes = [s if isinstance(s, tuple) else (s,) for s in shape]
     told = ["any" if None in s else " or ".join(map(str, dict.fromkeys(s))) for s in sizes]
     return f"({', '.join(told)})"
+
+
+def takes(function, count):
+    """Whether a function can be called with so many arguments, as far as it tells."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # one of those written in C that tell nothing
+        return True
+    return True

@@ -141,7 +141,7 @@ def sparse_attention(
     query, key, value = _check_tensors(query, key, value)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, bias)
     query_mask, key_mask, attention_mask, bias = masks
-    segment_ids = _check_segments(segment_ids, query, key)
+    segment_ids = check_segments(segment_ids, *query.shape[:2], key.shape[1])
     mods = read_mods(score_mod, query.shape[2])
     check_bool("return_lse", return_lse)
     dropout = check_rate("dropout", dropout)
@@ -351,7 +351,7 @@ def attention_weights(
         tuple(range(heads)),
         heads // key.shape[2],
         key_mask=key_mask,
-        segment_ids=_check_segments(segment_ids, query, key),
+        segment_ids=check_segments(segment_ids, *query.shape[:2], key.shape[1]),
         attention_mask=attention_mask,
         mods=read_mods(score_mod, heads),
     )
@@ -425,14 +425,21 @@ def _to_tensor(name, x):
     requirement = "a tensor or an array of numbers"
     if x is None or isinstance(x, (str, bytes, dict, set)):
         raise TypeError(received(name, requirement, x))
-    if isinstance(x, (list, tuple)):
-        try:
-            x = np.asarray(x)
-        except ValueError:
-            raise ValueError(received(name, requirement, x)) from None
-        if x.dtype.kind not in "biuf":
-            raise TypeError(received(name, requirement, x))
-    return ops.convert_to_tensor(x)
+    return ops.convert_to_tensor(_of_lists(name, x))
+
+
+def _of_lists(name, x):
+    """Lists of numbers as an array; tensors and others pass."""
+    if not isinstance(x, (list, tuple)):
+        return x
+    requirement = "a tensor or an array of numbers"
+    try:
+        found = np.asarray(x)
+    except ValueError:
+        raise ValueError(received(name, requirement, x)) from None
+    if found.dtype.kind not in "biuf":
+        raise TypeError(received(name, requirement, x))
+    return found
 
 
 def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
@@ -458,33 +465,38 @@ def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
     return query_mask, key_mask, attention_mask, bias
 
 
-def _check_segments(segment_ids, query, key):
-    """A pair of int tensors `(b, n)` and `(b, m)`, or `None`."""
+def check_segments(segment_ids, b, n, m):
+    """A pair of int tensors `(b, n)` and `(b, m)`, or `None`; symbols pass."""
     if segment_ids is None:
         return None
-    (b, n), m = query.shape[:2], key.shape[1]
-    if isinstance(segment_ids, (tuple, list)):
-        requirement = "ints (b, n), or a pair of them for queries and keys"
+    requirement = "ints (b, n), or a pair of them for queries and keys"
+    names, pair = ("segment_ids", "segment_ids"), (segment_ids, segment_ids)
+    if isinstance(segment_ids, (tuple, list)) and not _is_table(segment_ids):
         if len(segment_ids) != 2:
             raise ValueError(received("segment_ids", requirement, segment_ids))
         names, pair = ("segment_ids[0]", "segment_ids[1]"), segment_ids
-    else:
-        names, pair = ("segment_ids", "segment_ids"), (segment_ids, segment_ids)
-    if not any(ops.is_tensor(x) for x in pair):  # numbers that are at hand may be any ints
-        arrays = [np.asarray(x) for x in pair]
-        if all(x.dtype.kind in "iu" for x in arrays):
-            _, numbers = np.unique(np.concatenate(arrays, axis=None), return_inverse=True)
-            cut = arrays[0].size
-            parts = (numbers[:cut], numbers[cut:])
-            pair = [
-                part.reshape(x.shape).astype("int32") for part, x in zip(parts, arrays, strict=True)
-            ]
+    pair = _renumbered([_of_lists(name, x) for name, x in zip(names, pair, strict=True)])
     found = []
     for name, x, size in zip(names, pair, (n, m), strict=True):
-        found.append(check_tensor(name, _to_tensor(name, x), "int", (b, size)))
+        x = x if isinstance(x, keras.KerasTensor) else _to_tensor(name, x)
+        found.append(check_tensor(name, x, "int", (b, size)))
     if found[0].dtype != found[1].dtype:
         found = [ops.cast(x, "int64") for x in found]
     return found
+
+
+def _renumbered(pair):
+    """Segments by small numbers, where they are at hand: then they may be any ints."""
+    if not all(isinstance(x, np.ndarray) and x.dtype.kind in "iu" for x in pair):
+        return pair
+    _, numbers = np.unique(np.concatenate(pair, axis=None), return_inverse=True)
+    parts = np.split(numbers.astype("int32"), [pair[0].size])
+    return [part.reshape(x.shape) for part, x in zip(parts, pair, strict=True)]
+
+
+def _is_table(lists):
+    """Whether these are rows of numbers, and not two tables of them."""
+    return all(isinstance(row, (list, tuple)) and not any(map(np.ndim, row)) for row in lists)
 
 
 def _four_axes(x):

@@ -9,13 +9,12 @@ that the scores themselves do not matter for.
 import abc
 import dataclasses
 import functools
-import inspect
 
 import keras
 import numpy as np
 from keras import ops
 
-from sparse_attn.checks import check_int, check_positive, received
+from sparse_attn.checks import check_int, check_positive, received, takes
 from sparse_attn.tracing import gather
 
 
@@ -170,7 +169,7 @@ def read_mods(score_mod, num_heads):
     found = []
     for mod in given:
         if not isinstance(mod, ScoreMod):
-            if not callable(mod) or isinstance(mod, type) or not _takes(mod, 4):
+            if not callable(mod) or isinstance(mod, type) or not takes(_called(mod), 4):
                 raise TypeError(received("score_mod", requirement, score_mod))
             mod = FromFunction(mod)
         heads = getattr(mod, "num_heads", None)
@@ -180,15 +179,9 @@ def read_mods(score_mod, num_heads):
     return tuple(found)
 
 
-def _takes(function, count):
-    """Whether a function can be called with so many arguments, as far as it tells."""
-    try:
-        inspect.signature(function).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:  # one of those written in C that tell nothing
-        return True
-    return True
+def _called(mod):
+    """What is called when a function, an object or a layer is, with the arguments that it tells."""
+    return mod.call if isinstance(mod, keras.layers.Layer) else mod
 
 
 def tensors_of(mods):

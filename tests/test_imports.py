@@ -10,7 +10,7 @@ import sparse_attn
 ROOT = Path(sparse_attn.__file__).parent
 # What each module of the package may import, of the package and of elsewhere.
 ALLOWED = {
-    "checks": {"math", "numbers", "operator"},
+    "checks": {"inspect", "math", "numbers", "operator"},
     "pictures": {"itertools", "re", "numpy"},
     "patterns": {"abc", "dataclasses", "functools", "math", "operator", "numpy", "checks"}
     | {"pictures"},
@@ -34,7 +34,7 @@ ALLOWED = {
     | {"einops", "attend", "layouts", "masking", "scores", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
     "show": {"argparse", "os", "pathlib", "sys", "parse_pattern", "patterns", "plan"},
-    "scores": {"abc", "dataclasses", "functools", "inspect", "keras", "numpy", "checks", "tracing"},
+    "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks", "tracing"},
     "tiles": {"functools", "math", "dataclasses", "einops", "keras", "bounds", "checks"}
     | {"masking", "patterns", "plan", "scores", "stream", "terms"},
     "functional": {"itertools", "dataclasses", "keras", "numpy", "einops", "attend", "bounds"}

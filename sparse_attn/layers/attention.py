@@ -3,11 +3,12 @@
 import math
 
 import keras
+import numpy as np
 from einops import rearrange
 from keras import constraints, initializers, ops, regularizers
 
-from sparse_attn.checks import check_bool, check_int, check_rate, check_tensor, received
-from sparse_attn.functional import attention_weights, sparse_attention
+from sparse_attn.checks import check_bool, check_int, check_rate, received, takes
+from sparse_attn.functional import attention_weights, check_segments, sparse_attention
 from sparse_attn.layers.arguments import (
     read_features,
     read_layer,
@@ -141,7 +142,7 @@ class Attention(HasPolicies, keras.layers.Layer):
         if self.dropout:  # a layer for the sake of its generator, as in Keras' own layers
             self._dropout_layer = keras.layers.Dropout(self.dropout, seed=self.seed)
         for mod in _as_list(self.score_mod):
-            if isinstance(mod, keras.layers.Layer) and not mod.built:
+            if isinstance(mod, keras.layers.Layer) and not mod.built and takes(mod.build, 0):
                 mod.build()
         rotary = self.rotary_embedding
         if rotary is not None and not rotary.built:
@@ -187,20 +188,22 @@ class Attention(HasPolicies, keras.layers.Layer):
         use_causal_mask=False,
         segment_ids=None,
     ):
-        key = value if key is None else key
-        self._check_shapes(query.shape, value.shape, key.shape)
+        check_bool("return_attention_scores", return_attention_scores)
+        masks = query_mask, value_mask, key_mask, attention_mask
+        key, masks, segment_ids = self._read(query, value, key, masks, segment_ids, use_causal_mask)
         q_axes, k_axes = ops.shape(query)[1:-1], ops.shape(key)[1:-1]
-        known = query.shape[:-1], key.shape[:-1]
-        query_mask = _flat(read_mask("query_mask", query_mask, query))
-        key_mask = _flat(read_mask("key_mask", key_mask, key))
-        value_mask = _flat(read_mask("value_mask", value_mask, value))
+        known = query.shape[:-1]
+        *rows, attention_mask = masks
+        query_mask, value_mask, key_mask = (
+            _flat_positions(mask, x) for mask, x in zip(rows, (query, value, key), strict=True)
+        )
         query, key, value = (rearrange(x, "b ... d -> b (...) d") for x in (query, key, value))
-        key_mask = _both(key_mask, value_mask)
+        key_mask = both(key_mask, value_mask)
         pattern = Causal() & self.pattern if use_causal_mask else self.pattern
         options = {
             "query_mask": query_mask,
             "key_mask": key_mask,
-            "attention_mask": self._read_pairs(attention_mask, known, (q_axes, k_axes)),
+            "attention_mask": self._flat_pairs(attention_mask, q_axes, k_axes),
             "segment_ids": segment_ids,
             "score_mod": self.score_mod,
         }
@@ -211,7 +214,7 @@ class Attention(HasPolicies, keras.layers.Layer):
         k = _by_heads(self._key_dense(key), key, self._key_heads)
         v = _by_heads(self._value_dense(value), value, self._key_heads)
         if self.rotary_embedding is not None:
-            q, k = self.rotary_embedding(q), self.rotary_embedding(k)
+            q, k = self._turned(q), self._turned(k)
         q, k, v = (ops.cast(x, self.compute_dtype) for x in (q, k, v))  # each has its own policy
         own = {"max_score_bytes": self.max_score_bytes}
         if self.dropout and training:
@@ -223,7 +226,7 @@ class Attention(HasPolicies, keras.layers.Layer):
             out = out * self._gate_dense(query)
         out = self._output_dense(out)
         batch = ops.shape(out)[0]
-        features = self._features_of((*known[0], query.shape[-1]))
+        features = self._features_of((*known, query.shape[-1]))
         if len(q_axes) > 1 or len(features) > 1:
             out = ops.reshape(out, (batch, *q_axes, *features))
         if not return_attention_scores:
@@ -233,18 +236,41 @@ class Attention(HasPolicies, keras.layers.Layer):
             weights = ops.reshape(weights, (batch, self._num_heads, *q_axes, *k_axes))
         return out, weights
 
-    def _read_pairs(self, mask, known, axes):
-        """The mask of pairs as one of bools `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)`."""
-        if mask is None:
-            return None
-        mask = _as_bools("attention_mask", mask)
-        check_mask("attention_mask", mask, *self._mask_shapes(*known))
-        q_axes, k_axes = axes
-        if len(q_axes) == len(k_axes) == 1:
+    def _turned(self, x):
+        found = self.rotary_embedding(x)
+        if tuple(found.shape) != tuple(x.shape):
+            raise ValueError(
+                "`rotary_embedding` must give tensors of the shape that it gets, "
+                f"{tuple(x.shape)}. Received: {tuple(found.shape)}"
+            )
+        return found
+
+    def _flat_pairs(self, mask, q_axes, k_axes):
+        """The mask of pairs as `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)`."""
+        if mask is None or len(q_axes) == len(k_axes) == 1:
             return mask
         lead = ops.shape(mask)[: len(mask.shape) - len(q_axes) - len(k_axes)]
         mask = ops.broadcast_to(mask, (*lead, *q_axes, *k_axes))
         return ops.reshape(mask, (*lead, _product(q_axes), _product(k_axes)))
+
+    def _read(self, query, value, key, masks, segment_ids, use_causal_mask):
+        """What a call was given, of numbers or symbols: `key`, the masks as bools, segments."""
+        key = value if key is None else key
+        for name, x in (("query", query), ("value", value), ("key", key)):
+            if not hasattr(x, "shape"):
+                raise TypeError(received(name, "a tensor (batch, length, features)", x))
+        check_bool("use_causal_mask", use_causal_mask)
+        self._check_shapes(query.shape, value.shape, key.shape)
+        of_query, of_value, of_key = (x.shape[:-1] for x in (query, value, key))
+        query_mask, value_mask, key_mask, attention_mask = masks
+        masks = (
+            read_mask("query_mask", query_mask, of_positions(of_query)),
+            read_mask("value_mask", value_mask, of_positions(of_value)),
+            read_mask("key_mask", key_mask, of_positions(of_key)),
+            read_mask("attention_mask", attention_mask, *self._mask_shapes(of_query, of_key)),
+        )
+        sizes = (query.shape[0], *(_length((*shape, 1)) for shape in (of_query, of_key)))
+        return key, masks, check_segments(segment_ids, *sizes)
 
     def _mask_shapes(self, q_shape, k_shape):
         pairs = tuple((1, size) for size in (*q_shape[1:], *k_shape[1:]))
@@ -301,25 +327,14 @@ class Attention(HasPolicies, keras.layers.Layer):
         use_causal_mask=False,
         segment_ids=None,
     ):
-        key = value if key is None else key
+        check_bool("return_attention_scores", return_attention_scores)
+        masks = query_mask, value_mask, key_mask, attention_mask
+        key, *_ = self._read(query, value, key, masks, segment_ids, use_causal_mask)
         shape = self._out_shape(query.shape, value.shape, key.shape)
-        q_shape, k_shape = query.shape[:-1], key.shape[:-1]
-        masks = {"query_mask": (query_mask, q_shape), "key_mask": (key_mask, k_shape)}
-        masks["value_mask"] = (value_mask, value.shape[:-1])
-        for name, (mask, (batch, *axes)) in masks.items():
-            if mask is not None:
-                check_mask(name, keras.KerasTensor(mask.shape, "bool"), ((1, batch), *axes))
-        if attention_mask is not None:
-            mask = keras.KerasTensor(attention_mask.shape, "bool")
-            check_mask("attention_mask", mask, *self._mask_shapes(q_shape, k_shape))
-        pair = segment_ids if isinstance(segment_ids, (list, tuple)) else [segment_ids] * 2
-        for ids, allowed in zip(pair, (q_shape, k_shape), strict=False):
-            if ids is not None:
-                check_tensor("segment_ids", ids, "int", (allowed[0], _length((*allowed, 1))))
         out = keras.KerasTensor(shape, dtype=self.compute_dtype)
         if not return_attention_scores:
             return out
-        pairs = (q_shape[0], self._num_heads, *q_shape[1:], *k_shape[1:])
+        pairs = (query.shape[0], self._num_heads, *query.shape[1:-1], *key.shape[1:-1])
         return out, keras.KerasTensor(pairs, dtype=self.compute_dtype)
 
     def get_config(self):
@@ -367,29 +382,38 @@ def _as_list(score_mod):
     return score_mod if isinstance(score_mod, (list, tuple)) else [score_mod]
 
 
-def read_mask(name, mask, inputs):
-    """The mask of the positions of some inputs as one of bools; all rows may have the same."""
+def read_mask(name, mask, *shapes):
+    """A mask of one of these shapes, of numbers or symbols, as one of bools; `None` passes."""
     if mask is None:
         return None
-    mask = _as_bools(name, mask)
-    batch, *axes = inputs.shape[:-1]
-    check_mask(name, mask, ((1, batch), *axes))
-    return ops.broadcast_to(mask, ops.shape(inputs)[:-1])
-
-
-def _as_bools(name, mask):
-    """A mask as a tensor of bools; numbers count as `True` but for 0."""
-    if isinstance(mask, (str, bytes, dict)):
+    if isinstance(mask, keras.KerasTensor):
+        return check_mask(name, keras.KerasTensor(mask.shape, "bool"), *shapes)
+    if not ops.is_tensor(mask):
+        try:
+            mask = np.asarray(mask)
+        except ValueError:  # lists of different lengths
+            mask = np.asarray(mask, object)
+        if mask.dtype.kind in "OSU":
+            raise TypeError(received(name, "a mask of bools or numbers", mask.tolist()))
+    if "string" in str(mask.dtype):
         raise TypeError(received(name, "a mask of bools or numbers", mask))
-    return ops.cast(ops.convert_to_tensor(mask), "bool")
+    return check_mask(name, ops.cast(ops.convert_to_tensor(mask), "bool"), *shapes)
 
 
-def _flat(mask):
-    """`(b, ...)` as `(b, n)`."""
-    return mask if mask is None else rearrange(mask, "b ... -> b (...)")
+def of_positions(shape):
+    """The shape of a mask of positions `(b, ...)`: all rows may have the same."""
+    return ((1, shape[0]), *shape[1:])
 
 
-def _both(first, second):
+def _flat_positions(mask, like):
+    """`(b|1, ...)` as the `(b, n)` of these inputs."""
+    if mask is None:
+        return None
+    return rearrange(ops.broadcast_to(mask, ops.shape(like)[:-1]), "b ... -> b (...)")
+
+
+def both(first, second):
+    """What two masks allow, of which each may be `None`."""
     if first is None or second is None or first is second:
         return second if first is None else first
     return first & second

@@ -4,7 +4,7 @@ import keras
 
 from sparse_attn.checks import check_bool
 from sparse_attn.layers.arguments import read_pattern
-from sparse_attn.layers.attention import read_mask
+from sparse_attn.layers.attention import both, of_positions, read_mask
 from sparse_attn.layers.multi_head_attention import MultiHeadAttention
 from sparse_attn.layers.saving import save_pattern
 from sparse_attn.patterns import Atrous, Causal, Local, Strided
@@ -24,8 +24,8 @@ class SelfAttention(MultiHeadAttention):
 
     Call arguments:
         query: `(b, n, features)`.
-        mask: `(b, n)` bools, True = valid; Keras fills it in. `query_mask`
-            is another name for it.
+        mask, query_mask: `(b|1, n)`, True = valid; Keras fills in one of them. Where
+            there are both, a position must be valid in both.
         attention_mask, return_attention_scores, training, use_causal_mask,
             segment_ids: as for `MultiHeadAttention`.
 
@@ -66,9 +66,7 @@ class SelfAttention(MultiHeadAttention):
         use_causal_mask=False,
         segment_ids=None,
     ):
-        # Keras fills in `mask` beside one tensor, `query_mask` beside several.
-        name, mask = ("query_mask", query_mask) if mask is None else ("mask", mask)
-        mask = read_mask(name, mask, query)
+        mask = self._read_masks(query, mask, query_mask)
         return super().call(
             query,
             query,
@@ -81,11 +79,19 @@ class SelfAttention(MultiHeadAttention):
             segment_ids=segment_ids,
         )
 
+    def _read_masks(self, query, mask, query_mask):
+        """Both, joined: Keras fills in `mask` beside one tensor, `query_mask` beside several."""
+        if not hasattr(query, "shape"):
+            return None  # what comes next refuses it
+        shape = of_positions(query.shape[:-1])
+        mask = read_mask("mask", mask, shape)
+        return both(mask, read_mask("query_mask", query_mask, shape))
+
     def compute_output_shape(self, query_shape):
         return super().compute_output_shape(query_shape, query_shape)
 
     def compute_output_spec(self, query, mask=None, query_mask=None, **kwargs):
-        mask = query_mask if mask is None else mask
+        mask = self._read_masks(query, mask, query_mask)
         return super().compute_output_spec(query, query, query_mask=mask, **kwargs)
 
     def get_config(self):
