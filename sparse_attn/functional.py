@@ -425,7 +425,11 @@ def _to_tensor(name, x):
     requirement = "a tensor or an array of numbers"
     if x is None or isinstance(x, (str, bytes, dict, set)):
         raise TypeError(received(name, requirement, x))
-    return ops.convert_to_tensor(_of_lists(name, x))
+    x = _of_lists(name, x)
+    try:
+        return ops.convert_to_tensor(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(received(name, requirement, x)) from error
 
 
 def _of_lists(name, x):

@@ -1,5 +1,6 @@
 """The layers take the place of Keras' own: arguments, calls, weights, files; and err less."""
 
+import functools
 import json
 
 import keras
@@ -284,6 +285,66 @@ def test_a_file_with_an_unknown_pattern_names_what_to_import(tmp_path, monkeypat
         keras.models.load_model(tmp_path / "model.keras")
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Twice(keras.layers.Layer):
+    """A user's layer of scores, whose `build` is Keras' own."""
+
+    def call(self, scores, q_pos, k_pos, head):
+        return 2 * scores
+
+
+def test_scores_may_go_through_a_users_layer(tmp_path):
+    x = inputs()
+    layer = SelfAttention(2, 4, Local(3), score_mod=Twice())
+    plain = SelfAttention(2, 4, Local(3), score_mod=lambda scores, *_: 2 * scores)
+    found, _ = to_numpy(layer(x)), plain(x)
+    plain.set_weights(layer.get_weights())
+    np.testing.assert_allclose(to_numpy(plain(x)), found, atol=1e-6)
+    given = keras.Input((None, 6))
+    model = keras.Model(given, layer(given))
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.predict(x, verbose=0), found, atol=1e-5)
+
+
+def test_masks_of_self_attention_are_joined():
+    layer, x = SelfAttention(2, 4), inputs()
+    one, other = np.arange(13)[None] < 9, np.arange(13)[None] > 2
+    expected = to_numpy(layer(x, mask=np.repeat(one & other, 2, axis=0)))
+    np.testing.assert_allclose(to_numpy(layer(x, mask=one, query_mask=other)), expected, atol=1e-6)
+    lists = {"mask": one.tolist(), "query_mask": other.tolist()}
+    np.testing.assert_allclose(to_numpy(layer(x, **lists)), expected, atol=1e-6)
+
+
+def test_masks_of_lists_are_taken_by_symbols():
+    x = keras.Input(batch_shape=(2, 13, 6))
+    mask, ids = (np.arange(13) < [[9], [5]]).tolist(), [[0] * 6 + [1] * 7] * 2
+    layer = MultiHeadAttention(2, 4)
+    out = layer(x, x, query_mask=mask, value_mask=mask, segment_ids=ids)
+    model = keras.Model(x, out)
+    expected = layer(
+        inputs(), inputs(), query_mask=mask, value_mask=mask, segment_ids=np.array(ids)
+    )
+    np.testing.assert_allclose(model.predict(inputs(), verbose=0), to_numpy(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["MultiHeadAttention", "GroupQueryAttention"])
+def test_activity_is_regularized_as_by_keras(kind):
+    theirs = getattr(keras.layers, kind)
+    ours = MultiHeadAttention if kind == "MultiHeadAttention" else GroupedQueryAttention
+    args = (2, 4) if ours is MultiHeadAttention else (4, 2, 1)
+    layers = [make(*args, activity_regularizer="l2") for make in (theirs, ours)]
+    x = inputs()
+    for layer in layers:
+        layer(x, x)
+    layers[1].set_weights(layers[0].get_weights())
+    losses = []
+    for layer in layers:
+        layer(x, x)
+        losses.append(to_numpy(sum(layer.losses)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 # ---- Fine-tuning and quantizing ----------------------------------------------
 
 
@@ -331,6 +392,20 @@ def test_a_quantized_model_is_saved(make, mode, tmp_path):
     for dense in dense_layers(again):
         assert dense.quantization_mode == mode
     np.testing.assert_allclose(again.predict(tokens(), verbose=0), found, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_a_model_of_quantized_weights_alone_is_saved(tmp_path):
+    how = keras.quantizers.Int8QuantizationConfig(activation_quantizer=None)
+    bias = RelativePositionBias(2, embeddings_initializer="normal")
+    model = keras_model(MultiHeadAttention, pattern=Local(3), score_mod=bias)
+    model.quantize(config=how)
+    expected = model.predict(tokens(), verbose=0)
+    for _ in range(2):  # what was loaded is saved in its turn
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+        assert all(dense.inputs_quantizer is None for dense in dense_layers(model))
+        np.testing.assert_allclose(model.predict(tokens(), verbose=0), expected, atol=1e-6)
 
 
 def test_a_map_of_policies(tmp_path):
@@ -394,6 +469,20 @@ def test_shared_keys_are_not_repeated_in_memory():
 
 # ---- Bad input ---------------------------------------------------------------
 
+
+class Pairs:
+    """An object that may be called with scores and positions."""
+
+    def __call__(self, scores, q_pos, k_pos, head):
+        return scores
+
+
+def built():
+    layer = MultiHeadAttention(2, 4)
+    layer.build((2, 13, 6), (2, 13, 6))
+    return layer
+
+
 BAD = [
     (
         lambda: MultiHeadAttention(2, 4, attention_axes=2)(
@@ -430,6 +519,86 @@ BAD = [
             "kernel_constraint": "constraints",
             "bias_constraint": "constraints",
         }.items()
+    ],
+    (
+        lambda: MultiHeadAttention(2, 4, kernel_initializer=int),
+        ValueError,
+        "`kernel_initializer` must be one of .* Received: kernel_initializer=<class 'int'>",
+    ),
+    (
+        lambda: MultiHeadAttention(np.array([2, 3]), 4),
+        ValueError,
+        r"`num_heads` must be a positive int. Received: num_heads=array\(\[2, 3\]\)",
+    ),
+    (
+        lambda: MultiHeadAttention(2, keras.ops.convert_to_tensor(1.5)),
+        ValueError,
+        "`key_dim` must be a positive int. Received: key_dim=",
+    ),
+    (lambda: MultiHeadAttention(2, 4)(None, inputs()), TypeError, "`query` must be a .*=None"),
+    (lambda: MultiHeadAttention(2, 4)(inputs(), None), TypeError, "`value` must be a .*=None"),
+    *[
+        (
+            lambda x=x, name=name, mask=mask: MultiHeadAttention(2, 4)(x, x, **{name: mask}),
+            TypeError,
+            f"`{name}` must be a mask of bools or numbers. Received: {name}=",
+        )
+        for name in ("query_mask", "value_mask", "key_mask", "attention_mask")
+        for mask in ("a", {1}, object(), [[True], [True, False]])
+        for x in (inputs(), keras.Input((13, 6)))
+    ],
+    *[
+        (
+            lambda name=name: MultiHeadAttention(2, 4)(inputs(), inputs(), **{name: "no"}),
+            TypeError,
+            f"`{name}` must be True or False. Received: {name}='no'",
+        )
+        for name in ("use_causal_mask", "return_attention_scores")
+    ],
+    *[
+        (
+            lambda ids=ids: MultiHeadAttention(2, 4)(inputs(), inputs(), segment_ids=ids),
+            (TypeError, ValueError),
+            "`segment_ids` must .* Received: segment_ids",
+        )
+        for ids in ("a", object(), [[0] * 13, [0] * 12], [[0] * 12] * 2, [1] * 3)
+    ],
+    (
+        lambda: MultiHeadAttention(2, 4)(
+            keras.Input((13, 6)), keras.Input((13, 6)), segment_ids=keras.Input((13,))
+        ),
+        TypeError,
+        "`segment_ids` must be of an int dtype. Received: segment_ids.dtype=float32",
+    ),
+    (
+        lambda: built()(inputs(features=5), inputs()),
+        ValueError,
+        r"`query` must have the features that the layer was built for, 6. .*\(2, 13, 5\)",
+    ),
+    (
+        lambda: built()(inputs(), inputs(features=5)),
+        ValueError,
+        "`value` must have the features that the layer was built for, 6",
+    ),
+    (
+        lambda: MultiHeadAttention(2, 4, rotary_embedding=keras.layers.Dense(3))(
+            inputs(), inputs()
+        ),
+        ValueError,
+        r"`rotary_embedding` must give tensors of the shape that it gets, \(2, 13, 2, 4\)",
+    ),
+    (
+        lambda: MultiHeadAttention(2, 4, score_mod=keras.layers.Dense(3)),
+        TypeError,
+        "`score_mod` must be a ScoreMod, a function .* Received: score_mod=<Dense",
+    ),
+    *[
+        (
+            lambda mod=mod: MultiHeadAttention(2, 4, score_mod=[mod]).get_config(),
+            ValueError,
+            "`score_mod` must be a registered function or object to be saved",
+        )
+        for mod in (Pairs().__call__, functools.partial(Pairs()))
     ],
     (lambda: MultiHeadAttention(2, 4, use_gate=2), TypeError, "`use_gate` must be True or False"),
     (lambda: GroupedQueryAttention(0, 4, 2), ValueError, "`head_dim` must be a positive int"),

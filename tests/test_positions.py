@@ -307,6 +307,55 @@ BAD = [
         "`start_index` must be a non-negative int. Received: start_index=-1",
     ),
     (
+        lambda: PositionEmbedding(20)(keras.Input((5, 4)), start_index=16),
+        ValueError,
+        "The positions must lie within `sequence_length`, 20. Received: start_index=16, length=5",
+    ),
+    (
+        lambda: SinePositionEncoding()(keras.Input((5, 4)), start_index="a"),
+        TypeError,
+        "`start_index` must be a non-negative int. Received: start_index='a'",
+    ),
+    (
+        lambda: SinePositionEncoding()(some(2, 5, 4), start_index=None),
+        TypeError,
+        "`start_index` must be a non-negative int. Received: start_index=None",
+    ),
+    (
+        lambda: SinePositionEncoding()(some(2, 5, 4), start_index=2**31 - 4),
+        ValueError,
+        r"`start_index` must be in \[0, 2\*\*31\), up to the last .*start_index=2147483644",
+    ),
+    (
+        lambda: RotaryEmbedding()(keras.Input((5, 4)), positions=np.arange(4)),
+        ValueError,
+        r"`positions` must have shape \(5\) or \(any, 5\). Received: positions.shape=\(4,\)",
+    ),
+    (
+        lambda: RotaryEmbedding()(some(2, 5, 4), positions=[[1], [1, 2]]),
+        TypeError,
+        r"`positions` must be ints. Received: positions=\[\[1\], \[1, 2\]\]",
+    ),
+    *[
+        (lambda kind=kind: kind(20)(None), (TypeError, ValueError), "`inputs` must .*=None")
+        for kind in (PositionEmbedding, SinePositionEncoding, RotaryEmbedding)
+    ],
+    (
+        lambda: [layer := PositionEmbedding(20), layer(some(2, 5, 4)), layer(some(2, 5, 3))],
+        ValueError,
+        r"`inputs` must have shape .*, with 4 features. Received: shape=\(2, 5, 3\)",
+    ),
+    (
+        lambda: RelativePositionBias(2)(np.zeros((2, 3), int), np.arange(3)),
+        ValueError,
+        r"`q_pos` must have shape \(any\). Received: q_pos.shape=\(2, 3\)",
+    ),
+    (
+        lambda: RelativePositionBias(2)(np.arange(3), np.arange(3.0)),
+        TypeError,
+        "`k_pos` must be of an int dtype",
+    ),
+    (
         lambda: MultiHeadAttention(2, 4, rotary_embedding=3),
         TypeError,
         "`rotary_embedding` must be a Keras layer or None. Received: rotary_embedding=3",

@@ -1,9 +1,12 @@
 """What the constructors of layers are given: objects, or what was saved of them."""
 
+import functools
+import types
+
 import keras
 
 from sparse_attn.checks import check_int, received
-from sparse_attn.layers.saving import load_pattern
+from sparse_attn.layers.saving import load_pattern, save_shared
 from sparse_attn.patterns import Full, check_pattern
 from sparse_attn.scores import read_mods
 
@@ -16,11 +19,14 @@ def read_object(kinds, name, value):
         name: the argument's name, for the message.
         value: what came. `None` passes.
     """
+    requirement = f"one of `{kinds.__name__}`, its name or its config, or a function"
     try:
-        return kinds.get(value)
+        found = kinds.get(value)
     except (TypeError, ValueError) as error:
-        requirement = f"one of `{kinds.__name__}`, its name or its config, or a function"
         raise ValueError(received(name, requirement, value)) from error
+    if not (found is None or callable(found)):
+        raise ValueError(received(name, requirement, value))
+    return found
 
 
 def read_size(name, value):
@@ -36,6 +42,15 @@ def read_pattern(pattern):
     if isinstance(pattern, dict):
         pattern = load_pattern(pattern)
     return check_pattern("pattern", Full() if pattern is None else pattern)
+
+
+def save_score_mod(score_mod):
+    """The config of a `score_mod`, or an error where Keras could not read it again."""
+    for mod in score_mod if isinstance(score_mod, (list, tuple)) else [score_mod]:
+        if isinstance(mod, (functools.partial, types.MethodType)):
+            requirement = "a registered function or object to be saved, no part of one"
+            raise ValueError(received("score_mod", requirement, mod))
+    return save_shared(score_mod)
 
 
 def read_score_mod(score_mod, num_heads):

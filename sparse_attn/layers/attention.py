@@ -16,6 +16,7 @@ from sparse_attn.layers.arguments import (
     read_pattern,
     read_score_mod,
     read_window,
+    save_score_mod,
 )
 from sparse_attn.layers.projection import Projection, as_shaped
 from sparse_attn.layers.saving import HasPolicies, save_pattern, save_shared
@@ -62,6 +63,7 @@ class Attention(HasPolicies, keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.supports_masking = True
+        self._widths = {}  # the features of each input, once they are known
         self._num_heads, self._key_heads = num_heads, key_heads
         self._key_dim, self._value_dim = key_dim, value_dim
         self._given_pattern = read_pattern(pattern)
@@ -127,9 +129,11 @@ class Attention(HasPolicies, keras.layers.Layer):
         """The `Dense` layer that projects what the heads give."""
         return self._output_dense
 
-    def build(self, query_shape, value_shape, key_shape=None):
+    def build(self, query_shape=None, value_shape=None, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
         self._check_shapes(query_shape, value_shape, key_shape)
+        shapes = {"query": query_shape, "value": value_shape, "key": key_shape}
+        self._widths = {name: shape[-1] for name, shape in shapes.items()}
         value_width = self._num_heads * self._value_dim
         features = math.prod(self._features_of(query_shape))
         self._query_dense = self._dense(self._num_heads * self._key_dim, "query", query_shape)
@@ -256,11 +260,8 @@ class Attention(HasPolicies, keras.layers.Layer):
     def _read(self, query, value, key, masks, segment_ids, use_causal_mask):
         """What a call was given, of numbers or symbols: `key`, the masks as bools, segments."""
         key = value if key is None else key
-        for name, x in (("query", query), ("value", value), ("key", key)):
-            if not hasattr(x, "shape"):
-                raise TypeError(received(name, "a tensor (batch, length, features)", x))
         check_bool("use_causal_mask", use_causal_mask)
-        self._check_shapes(query.shape, value.shape, key.shape)
+        self._check_shapes(*(getattr(x, "shape", None) for x in (query, value, key)))
         of_query, of_value, of_key = (x.shape[:-1] for x in (query, value, key))
         query_mask, value_mask, key_mask, attention_mask = masks
         masks = (
@@ -281,6 +282,9 @@ class Attention(HasPolicies, keras.layers.Layer):
         return (query_shape[-1],) if self._output_features is None else self._output_features
 
     def _check_shapes(self, query_shape, value_shape, key_shape):
+        for name, shape in (("query", query_shape), ("value", value_shape), ("key", key_shape)):
+            if shape is None:
+                raise TypeError(received(name, "a tensor (batch, length, features)", None))
         of_key, of_value = tuple(key_shape[1:-1]), tuple(value_shape[1:-1])
         same = len(of_key) == len(of_value) and all(
             None in pair or pair[0] == pair[1] for pair in zip(of_key, of_value, strict=True)
@@ -295,6 +299,11 @@ class Attention(HasPolicies, keras.layers.Layer):
                 requirement = "(batch, length, features), features known"
                 raise ValueError(
                     f"`{name}` must have shape {requirement}. Received: shape={tuple(shape)}"
+                )
+            if shape[-1] != self._widths.get(name, shape[-1]):
+                raise ValueError(
+                    f"`{name}` must have the features that the layer was built for, "
+                    f"{self._widths[name]}. Received: shape={tuple(shape)}"
                 )
             if None not in (shape[0], query_shape[0]) and shape[0] != query_shape[0]:
                 raise ValueError(
@@ -344,7 +353,7 @@ class Attention(HasPolicies, keras.layers.Layer):
         config = {
             **super().get_config(),
             "pattern": save_pattern(self._given_pattern),
-            "score_mod": save_shared(self.score_mod),
+            "score_mod": save_score_mod(self.score_mod),
             "rotary_embedding": save_shared(self.rotary_embedding),
             "dropout": self.dropout,
             "use_bias": self.use_bias,

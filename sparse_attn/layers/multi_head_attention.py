@@ -215,7 +215,8 @@ class GroupedQueryAttention(Attention):
         use_bias: whether the Dense sublayers have biases.
         sliding_window, flash_attention, kernel_initializer, bias_initializer: as for
             `MultiHeadAttention`.
-        kernel_regularizer, bias_regularizer, activity_regularizer: likewise.
+        kernel_regularizer, bias_regularizer, activity_regularizer: likewise; the last
+            is of the layer's output too, as in Keras.
         kernel_constraint, bias_constraint, use_gate, seed: likewise.
         pattern, score_mod, rotary_embedding, max_score_bytes: likewise. A `PerHead`
             has patterns for the heads of queries.
@@ -303,6 +304,8 @@ class GroupedQueryAttention(Attention):
             max_score_bytes=max_score_bytes,
             **kwargs,
         )
+        # Keras' layer of this kind has it for its output too.
+        self.activity_regularizer = self.sublayer_activity_regularizer
 
     @property
     def head_dim(self):

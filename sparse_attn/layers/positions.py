@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 from einops import rearrange
 from keras import initializers, ops
 
@@ -54,7 +55,7 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
         self.sequence_length = check_int("sequence_length", sequence_length, minimum=1)
         self.initializer = read_object(initializers, "initializer", initializer)
 
-    def build(self, inputs_shape):
+    def build(self, inputs_shape=None):
         _check_rank(inputs_shape)
         self.embedding = keras.layers.Embedding(
             self.sequence_length,
@@ -65,15 +66,21 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
         )
         self.embedding.build(inputs_shape[:-1])
 
+    def _check(self, inputs, start_index):
+        _check_rank(
+            getattr(inputs, "shape", None), self.embedding.output_dim if self.built else None
+        )
+        return _check_start(start_index, inputs.shape[1], self.sequence_length)
+
     def call(self, inputs, start_index=0):
-        start_index = _check_start(start_index, inputs.shape[1], self.sequence_length)
-        positions = _positions(inputs, start_index)
+        positions = _positions(inputs, self._check(inputs, start_index))
         return ops.broadcast_to(self.embedding(positions)[None], ops.shape(inputs))
 
     def compute_output_shape(self, inputs_shape):
         return inputs_shape
 
     def compute_output_spec(self, inputs, start_index=0):
+        self._check(inputs, start_index)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self):
@@ -117,12 +124,13 @@ class SinePositionEncoding(keras.layers.Layer):
         self.supports_masking = True
         self.max_wavelength = check_positive("max_wavelength", max_wavelength)
 
-    def build(self, inputs_shape):
+    def build(self, inputs_shape=None):
         _check_rank(inputs_shape)
 
     def call(self, inputs, start_index=0):
+        _check_rank(getattr(inputs, "shape", None))
         features = inputs.shape[-1]
-        positions = _positions(inputs, _check_start(start_index))
+        positions = _positions(inputs, _check_start(start_index, inputs.shape[1]))
         angles = _angles(positions, (features + 1) // 2, features, self.max_wavelength)
         waves = ops.stack([ops.sin(angles), ops.cos(angles)], axis=-1)
         waves = ops.reshape(waves, (-1, 2 * angles.shape[-1]))[:, :features]
@@ -132,6 +140,8 @@ class SinePositionEncoding(keras.layers.Layer):
         return inputs_shape
 
     def compute_output_spec(self, inputs, start_index=0):
+        _check_rank(getattr(inputs, "shape", None))
+        _check_start(start_index, inputs.shape[1])
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self):
@@ -181,20 +191,28 @@ class RotaryEmbedding(keras.layers.Layer):
         self.max_wavelength = check_positive("max_wavelength", max_wavelength)
         self.scaling_factor = check_positive("scaling_factor", scaling_factor)
 
-    def build(self, inputs_shape):
-        features = inputs_shape[-1]
-        if len(inputs_shape) not in (3, 4) or features is None or features % 2:
+    def build(self, inputs_shape=None):
+        self._check_shape(inputs_shape)
+
+    def _check_shape(self, inputs_shape):
+        features = inputs_shape[-1] if inputs_shape else None
+        if features is None or len(inputs_shape) not in (3, 4) or features % 2:
             raise ValueError(
                 "`inputs` must have shape (batch, length, heads, features) or (batch, length, "
-                f"features), an even number of features. Received: shape={tuple(inputs_shape)}"
+                f"features), an even number of features. Received: shape={inputs_shape}"
             )
 
-    def call(self, inputs, start_index=0, positions=None):
-        features = inputs.shape[-1]
+    def _check(self, inputs, start_index, positions):
+        shape = getattr(inputs, "shape", None)
+        self._check_shape(shape)
         if positions is None:
-            positions = _positions(inputs, _check_start(start_index))
-        else:
-            positions = _check_positions(positions, start_index, inputs.shape)
+            return _check_start(start_index, shape[1]), None
+        return 0, _check_positions(positions, start_index, shape)
+
+    def call(self, inputs, start_index=0, positions=None):
+        start_index, positions = self._check(inputs, start_index, positions)
+        features = inputs.shape[-1]
+        positions = _positions(inputs, start_index) if positions is None else positions
         positions = ops.cast(positions, "float32") / self.scaling_factor
         angles = _angles(positions, features // 2, features, self.max_wavelength)
         if len(inputs.shape) == 4:  # the same for all heads
@@ -208,6 +226,7 @@ class RotaryEmbedding(keras.layers.Layer):
         return inputs_shape
 
     def compute_output_spec(self, inputs, start_index=0, positions=None):
+        self._check(inputs, start_index, positions)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self):
@@ -325,7 +344,12 @@ class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
 
     def call(self, q_pos, k_pos):
         heads = ops.arange(self.num_heads, dtype="int32")[:, None, None]
-        q_pos, k_pos = (ops.cast(x, "int32") for x in (q_pos, k_pos))
+        pair = {"q_pos": q_pos, "k_pos": k_pos}
+        for name, x in pair.items():
+            if not hasattr(x, "shape"):
+                raise TypeError(received(name, "a tensor of ints", x))
+            check_tensor(name, x, "int", (None,))
+        q_pos, k_pos = (ops.cast(x, "int32") for x in pair.values())
         return self.bias(q_pos[:, None], k_pos[None, :], heads, *tensors_of([self])[0])
 
     def compute_output_shape(self, q_pos_shape, k_pos_shape):
@@ -343,42 +367,55 @@ class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
         return self.with_policies(config, *([self.embedding] if self.built else []))
 
 
-def _check_rank(shape):
-    if len(shape) != 3 or shape[-1] is None:
+def _check_rank(shape, features=None):
+    """Refuse inputs of another rank, or of other features than those of the layer, if any."""
+    if shape is None:
+        raise TypeError(received("inputs", "a tensor (batch, length, features)", None))
+    if len(shape) != 3 or shape[-1] is None or features not in (None, shape[-1]):
+        told = "features known" if features is None else f"with {features} features"
         raise ValueError(
-            "`inputs` must have shape (batch, length, features), features known. "
+            f"`inputs` must have shape (batch, length, features), {told}. "
             f"Received: shape={tuple(shape)}"
         )
 
 
-def _check_start(start_index, length=None, limit=math.inf):
+def _check_start(start_index, length=None, limit=None):
     """The argument as an int or an int32 tensor; an int, or a tensor at hand, is looked at."""
     known = start_index
-    if ops.is_tensor(start_index):
+    if isinstance(start_index, keras.KerasTensor) or ops.is_tensor(start_index):
         check_tensor("start_index", start_index, "int", ())
-        known, start_index = value_of(start_index), ops.cast(start_index, "int32")
-    if known is None:
-        return start_index
+        known = value_of(start_index)
+        if known is None:
+            return start_index
     known = check_int("start_index", known, minimum=0)
-    if isinstance(length, int) and known + length > limit:
+    last = known + (length if isinstance(length, int) else 1)
+    if limit is not None and last > limit:
         raise ValueError(
             f"The positions must lie within `sequence_length`, {limit}. "
             f"Received: start_index={known}, length={length}"
         )
+    if last > 2**31:
+        requirement = "in [0, 2**31), up to the last position"
+        raise ValueError(received("start_index", requirement, known))
     return start_index if ops.is_tensor(start_index) else known
 
 
 def _check_positions(positions, start_index, shape):
     if not isinstance(start_index, int) or start_index:
         raise ValueError(received("start_index", "0 where there are `positions`", start_index))
-    if isinstance(positions, (str, bytes)):
-        raise TypeError(received("positions", "ints", positions))
-    positions = ops.convert_to_tensor(positions)
+    if not (isinstance(positions, keras.KerasTensor) or ops.is_tensor(positions)):
+        try:
+            positions = np.asarray(positions)
+        except ValueError:  # lists of different lengths
+            positions = np.asarray(positions, object)
+        if positions.dtype.kind in "OSU":
+            raise TypeError(received("positions", "ints", positions.tolist()))
+        positions = ops.convert_to_tensor(positions)
     return check_tensor("positions", positions, "int", (shape[1],), (shape[0], shape[1]))
 
 
 def _positions(inputs, start_index):
-    return ops.arange(ops.shape(inputs)[1], dtype="int32") + start_index
+    return ops.arange(ops.shape(inputs)[1], dtype="int32") + ops.cast(start_index, "int32")
 
 
 def _angles(positions, waves, features, max_wavelength):

@@ -52,7 +52,7 @@ class SelfAttention(MultiHeadAttention):
         pattern = Causal() & self._plain_pattern if causal else self._plain_pattern
         super().__init__(num_heads, key_dim, pattern=pattern, **kwargs)
 
-    def build(self, query_shape):
+    def build(self, query_shape=None):
         super().build(query_shape, query_shape)
 
     def call(
