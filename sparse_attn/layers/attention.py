@@ -192,9 +192,10 @@ class Attention(HasPolicies, keras.layers.Layer):
         use_causal_mask=False,
         segment_ids=None,
     ):
-        check_bool("return_attention_scores", return_attention_scores)
+        flags = {"use_causal_mask": use_causal_mask}
+        flags["return_attention_scores"] = return_attention_scores
         masks = query_mask, value_mask, key_mask, attention_mask
-        key, masks, segment_ids = self._read(query, value, key, masks, segment_ids, use_causal_mask)
+        key, masks, segment_ids = self._read(query, value, key, masks, segment_ids, flags)
         q_axes, k_axes = ops.shape(query)[1:-1], ops.shape(key)[1:-1]
         known = query.shape[:-1]
         *rows, attention_mask = masks
@@ -242,7 +243,8 @@ class Attention(HasPolicies, keras.layers.Layer):
 
     def _turned(self, x):
         found = self.rotary_embedding(x)
-        if tuple(found.shape) != tuple(x.shape):
+        pairs = list(zip(found.shape, x.shape, strict=False))
+        if len(found.shape) != 4 or any(None not in pair and pair[0] != pair[1] for pair in pairs):
             raise ValueError(
                 "`rotary_embedding` must give tensors of the shape that it gets, "
                 f"{tuple(x.shape)}. Received: {tuple(found.shape)}"
@@ -257,10 +259,11 @@ class Attention(HasPolicies, keras.layers.Layer):
         mask = ops.broadcast_to(mask, (*lead, *q_axes, *k_axes))
         return ops.reshape(mask, (*lead, _product(q_axes), _product(k_axes)))
 
-    def _read(self, query, value, key, masks, segment_ids, use_causal_mask):
+    def _read(self, query, value, key, masks, segment_ids, flags):
         """What a call was given, of numbers or symbols: `key`, the masks as bools, segments."""
         key = value if key is None else key
-        check_bool("use_causal_mask", use_causal_mask)
+        for name, flag in flags.items():
+            check_bool(name, flag)
         self._check_shapes(*(getattr(x, "shape", None) for x in (query, value, key)))
         of_query, of_value, of_key = (x.shape[:-1] for x in (query, value, key))
         query_mask, value_mask, key_mask, attention_mask = masks
@@ -316,10 +319,7 @@ class Attention(HasPolicies, keras.layers.Layer):
         return previous_mask
 
     def compute_output_shape(self, query_shape, value_shape, key_shape=None):
-        return self._out_shape(query_shape, value_shape, key_shape or value_shape)
-
-    def _out_shape(self, query_shape, value_shape, key_shape):
-        self._check_shapes(query_shape, value_shape, key_shape)
+        self._check_shapes(query_shape, value_shape, key_shape or value_shape)
         return (*query_shape[:-1], *self._features_of(query_shape))
 
     def compute_output_spec(
@@ -336,10 +336,11 @@ class Attention(HasPolicies, keras.layers.Layer):
         use_causal_mask=False,
         segment_ids=None,
     ):
-        check_bool("return_attention_scores", return_attention_scores)
+        flags = {"use_causal_mask": use_causal_mask}
+        flags["return_attention_scores"] = return_attention_scores
         masks = query_mask, value_mask, key_mask, attention_mask
-        key, *_ = self._read(query, value, key, masks, segment_ids, use_causal_mask)
-        shape = self._out_shape(query.shape, value.shape, key.shape)
+        key, *_ = self._read(query, value, key, masks, segment_ids, flags)
+        shape = (*query.shape[:-1], *self._features_of(query.shape))
         out = keras.KerasTensor(shape, dtype=self.compute_dtype)
         if not return_attention_scores:
             return out
