@@ -22,9 +22,9 @@ class Projection(keras.layers.Dense):
                     store[name] = as_shaped(store[name], variable.shape)
         super().load_own_variables(store)
 
-    def quantize(self, mode=None, type_check=True, config=None):
+    def quantize(self, mode=None, type_check=True, **how):
         type_check = type_check and type(self) is not Projection
-        super().quantize(mode, type_check=type_check, config=config)
+        super().quantize(mode, type_check=type_check, **how)
 
 
 def as_shaped(value, shape):
