@@ -14,7 +14,7 @@ COSTS = {
     (plan.blocks, "SIZES"): (2, 4),  # of blocks that are looked for
 }
 ON_JAX = keras.backend.backend() == "jax"
-CASES_ON_JAX = 6
+CASES_ON_JAX = 5
 DEFAULTS = {(module, name): getattr(module, name) for module, name in COSTS}
 
 

@@ -423,9 +423,12 @@ def test_a_map_of_policies(tmp_path):
     )
 
 
-@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize(
-    "layer", [MultiHeadAttention, lambda *a, **k: GroupedQueryAttention(4, 4, 2, **k)]
+    ("layer", "dtype"),
+    [
+        (MultiHeadAttention, "mixed_float16"),
+        (lambda *a, **k: GroupedQueryAttention(4, 4, 2, **k), "mixed_bfloat16"),
+    ],
 )
 def test_mixed_precision_trains_and_is_saved(layer, dtype, tmp_path):
     model = keras_model(layer, dtype=dtype, pattern=Local(3), use_gate=True)
@@ -626,8 +629,10 @@ def test_bad_input(make, error, message):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="lengths are unknown in tf.function")
-@pytest.mark.parametrize("pattern", [Local(3), Strided(4), Full()], ids=repr)
-@pytest.mark.parametrize("unknown", [(None, 1, None), (None, None, None), (None,) * 4], ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "unknown"),
+    [(Local(3), (None, 1, None)), (Strided(4), (None, None, None)), (Full(), (None,) * 4)],
+)
 def test_a_mask_of_unknown_sizes_may_be_the_same_for_all_queries(pattern, unknown):
     import tensorflow as tf
 

@@ -154,36 +154,38 @@ def most_bytes_in_use(pattern, task, shape, dtype):
     return sorted(peaks)[1]
 
 
+WORK = [
+    ("Full()", 8192, 8, 64, "float32"),
+    ("Causal()", 4096, 8, 64, "float32"),
+    ("Local(256)", 8192, 8, 64, "float32"),
+    ("Local(256)", 65536, 1, 64, "float32"),
+    ("Local(256)", 8192, 8, 64, "bfloat16"),
+    ("Atrous(32)", 8192, 8, 64, "float32"),
+    ("Blocks(128)", 8192, 8, 16, "float32"),
+    ("Fixed(256)", 65536, 1, 64, "float32"),
+    ("Causal() & Strided(64)", 8192, 8, 64, "float32"),
+    ("Longformer(128, 2)", 8192, 8, 64, "float32"),
+    ("BigBird(8192)", 8192, 8, 64, "float32"),
+    ("Near()", 8192, 8, 64, "float32"),
+    ("Neighborhood((128, 64), 4)", 8192, 8, 64, "float32"),
+    ("Neighborhood((64, 64), 3)", 4096, 8, 16, "float32"),
+    ("Neighborhood((32, 16, 16), 1)", 8192, 8, 64, "float32"),
+    ("Neighborhood((16, 16, 16), 2)", 4096, 8, 64, "float32"),
+    ("Neighborhood((128, 128), 3, 2)", 16384, 8, 64, "float32"),
+    ("Neighborhood((32, 32, 16), 2)", 16384, 1, 64, "float32"),
+    ("Axial((128, 64))", 8192, 8, 64, "float32"),
+    ("PerHead([Local(64)] * 4 + [Atrous(16)] * 4)", 8192, 8, 64, "float32"),
+]
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("task", ["forward", "training"])
 @pytest.mark.parametrize(
-    ("pattern", "n", "heads", "dim", "dtype"),
-    [
-        ("Full()", 8192, 8, 64, "float32"),
-        ("Causal()", 4096, 8, 64, "float32"),
-        ("Local(256)", 8192, 8, 64, "float32"),
-        ("Local(256)", 65536, 1, 64, "float32"),
-        ("Local(256)", 8192, 8, 64, "bfloat16"),
-        ("Atrous(32)", 8192, 8, 64, "float32"),
-        ("Blocks(128)", 8192, 8, 16, "float32"),
-        ("Fixed(256)", 65536, 1, 64, "float32"),
-        ("Causal() & Strided(64)", 8192, 8, 64, "float32"),
-        ("Longformer(128, 2)", 8192, 8, 64, "float32"),
-        ("BigBird(8192)", 8192, 8, 64, "float32"),
-        ("Near()", 8192, 8, 64, "float32"),
-        ("Neighborhood((128, 64), 4)", 8192, 8, 64, "float32"),
-        ("Neighborhood((64, 64), 3)", 4096, 8, 16, "float32"),
-        ("Neighborhood((32, 16, 16), 1)", 8192, 8, 64, "float32"),
-        ("Neighborhood((16, 16, 16), 2)", 4096, 8, 64, "float32"),
-        ("Neighborhood((128, 128), 3, 2)", 16384, 8, 64, "float32"),
-        ("Neighborhood((32, 32, 16), 2)", 16384, 1, 64, "float32"),
-        ("Axial((128, 64))", 8192, 8, 64, "float32"),
-        ("PerHead([Local(64)] * 4 + [Atrous(16)] * 4)", 8192, 8, 64, "float32"),
-    ],
+    ("work", "task"),
+    [(work, "training") for work in WORK] + [(work, "forward") for work in WORK[::3]],
+    ids=str,
 )
-def test_predicted_bytes_are_right_within_a_quarter(
-    pattern, n, heads, dim, dtype, task, default_costs
-):
+def test_predicted_bytes_are_right_within_a_quarter(work, task, default_costs):
+    pattern, n, heads, dim, dtype = work
     pattern = read(pattern)
     peak = most_bytes_in_use(pattern, task, (1, n, heads, dim), dtype)
     predicted = getattr(pattern.cost(n, heads, dim, dtype), f"{task}_bytes")
