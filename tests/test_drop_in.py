@@ -39,6 +39,7 @@ MAKE = {
 CALL = {
     "plain": {},
     "causal": {"use_causal_mask": True},
+    "not causal, as an int": {"use_causal_mask": 0, "return_attention_scores": 1},
     "ints": {"attention_mask": (rng.random((2, 13, 9)) < 0.8).astype("int32")},
     "by head": {"attention_mask": rng.random((2, 2, 13, 9)) < 0.8},
     "for all": {"attention_mask": rng.random((13, 9)) < 0.9},

@@ -263,7 +263,8 @@ class Attention(HasPolicies, keras.layers.Layer):
         """What a call was given, of numbers or symbols: `key`, the masks as bools, segments."""
         key = value if key is None else key
         for name, flag in flags.items():
-            check_bool(name, flag)
+            if isinstance(flag, str):  # Keras takes ints too
+                raise TypeError(received(name, "True or False", flag))
         self._check_shapes(*(getattr(x, "shape", None) for x in (query, value, key)))
         of_query, of_value, of_key = (x.shape[:-1] for x in (query, value, key))
         query_mask, value_mask, key_mask, attention_mask = masks
