@@ -102,7 +102,7 @@ def test_gradient_of_zero_masked_is_zero_where_masked():
         (
             lambda: masked_softmax(np.zeros(2), np.array([1.0, 0])),
             TypeError,
-            "`mask` must be bool, True = may be attended. Received: mask.dtype=float",
+            f"`mask` must be bool, True = may be attended. Received: mask.dtype={FLOAT}",
         ),
         (
             lambda: sequence_mask(np.array([1.5]), 3),
