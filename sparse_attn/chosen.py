@@ -2,12 +2,12 @@
 
 import itertools
 
-from einops import rearrange
 from keras import ops
 
 from sparse_attn.layouts import crop
 from sparse_attn.masking import zero_masked
-from sparse_attn.tracing import gather
+from sparse_attn.reshaping import rearrange
+from sparse_attn.tracing import gather, size_of
 
 
 class Chosen:
@@ -38,7 +38,7 @@ class Chosen:
             base = ops.convert_to_tensor(ranges.positions(period))
             starts = ops.arange((size + period - 1) // period, dtype="int32") * period
             self.positions = rearrange(starts[:, None] + base[None, :], "t i -> (t i)")
-            self.count = ops.shape(self.positions)[0]
+            self.count = size_of(self.positions, 0)
 
     def pick(self, x):
         """The chosen rows of axis 1; zeros where one is beyond its end."""
@@ -89,7 +89,7 @@ def _pick(x, rows, back):
 
     @ops.custom_gradient
     def pick(x, rows, back):
-        count = ops.shape(x)[1]
+        count = size_of(x, 1)
         inside = (rows >= 0) & (rows < count)
         found = zero_masked(gather(x, ops.where(inside, rows, 0), axis=1), inside[None])
 

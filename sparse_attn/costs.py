@@ -10,7 +10,6 @@ import operator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from einops import rearrange
 from keras import ops
 
 from sparse_attn.bounds import Select, are_apart
@@ -18,6 +17,7 @@ from sparse_attn.checks import check_int, received
 from sparse_attn.layouts import Gather, Stairs
 from sparse_attn.patterns import Band, Full, Grid, PerHead
 from sparse_attn.plan import Part, columns_of, has_surplus, plan
+from sparse_attn.reshaping import rearrange
 from sparse_attn.stream import MAX_SCORE_BYTES, schedule, score_bytes
 from sparse_attn.terms import is_opaque, meet_terms, terms_of
 from sparse_attn.tracing import AT_ONCE, eagerly

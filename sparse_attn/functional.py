@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import keras
 import numpy as np
-from einops import einsum, rearrange
+from einops import einsum
 from keras import ops
 
 from sparse_attn.attend import join_apart, merge, public_lse
 from sparse_attn.bounds import are_apart
 from sparse_attn.checks import (
+    as_numbers,
     check_bool,
     check_int,
     check_number,
@@ -29,6 +30,7 @@ from sparse_attn.masking import (
 )
 from sparse_attn.patterns import Band, PerHead, check_pattern
 from sparse_attn.plan import Part, plan_at, plan_lengths
+from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import apply_mods, is_differentiable, read_mods, tensors_of
 from sparse_attn.stream import (
     MAX_SCORE_BYTES,
@@ -40,7 +42,7 @@ from sparse_attn.stream import (
     score_bytes,
 )
 from sparse_attn.tiles import Given, Tiles
-from sparse_attn.tracing import refuse_longer, unconverted
+from sparse_attn.tracing import refuse_longer, size_of, unconverted
 
 
 @unconverted
@@ -138,6 +140,8 @@ def sparse_attention(
     >>> tuple(sparse_attention(x, x, x, Causal() & Local(100)).shape)
     (1, 1000, 8, 64)
     """
+    masks = {"query_mask": query_mask, "key_mask": key_mask, "attention_mask": attention_mask}
+    _refuse_symbols(**masks, bias=bias, segment_ids=segment_ids, query_positions=query_positions)
     query, key, value = _check_tensors(query, key, value)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, bias)
     query_mask, key_mask, attention_mask, bias = masks
@@ -152,7 +156,7 @@ def sparse_attention(
     q_pos = None
     if query_positions is not None:
         limit = pattern.max_length
-        q_pos = _check_positions(query_positions, query.shape[1], ops.shape(query)[1], limit)
+        q_pos = _check_positions(query_positions, query.shape[1], size_of(query, 1), limit)
     # Padding may hold anything: 0 * NaN would reach valid outputs and gradients.
     query = zero_masked(query, query_mask)
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
@@ -193,9 +197,9 @@ def _refuse_longer(x, pattern, query, key, q_pos=None):
     limit = pattern.max_length
     if limit is None:
         return x
-    last = ops.shape(query)[1] if q_pos is None else ops.max(q_pos) + 1
+    last = size_of(query, 1) if q_pos is None else ops.max(q_pos) + 1
     told = f"{pattern!r} is made for lengths up to {limit}."
-    return refuse_longer(x, (last, ops.shape(key)[1]), limit, told)
+    return refuse_longer(x, (last, size_of(key, 1)), limit, told)
 
 
 def head_groups(pattern, given):
@@ -240,7 +244,7 @@ def _share_out(query, key, value, given, groups):
 
 def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max_score_bytes):
     """Attention of heads that have one pattern: `(out, lse)`, `lse` finite and perhaps `None`."""
-    n, m = ops.shape(query)[1], ops.shape(key)[1]
+    n, m = size_of(query, 1), size_of(key, 1)
     known = [size if isinstance(size, int) else None for size in (n, m)]
     if 0 in (*known, query.shape[0]):  # nothing asks, or nothing answers
         parts = ()
@@ -255,7 +259,7 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
     schedules = _schedules(parts, chosen, query, value, given, max_score_bytes)
     seeds = [None] * len(parts)
     if dropout:
-        seeds = _seeds(schedules, ops.shape(query)[0], key.shape[2], seed)
+        seeds = _seeds(schedules, size_of(query, 0), key.shape[2], seed)
     tensors = tensors_of(given.mods)
     # Heads of queries that share keys stand side by side, as features of one head.
     grouped = rearrange(query, "b n (g r) d -> b n g (r d)", r=given.repeats)
@@ -340,6 +344,8 @@ def attention_weights(
 
     Args are those of `sparse_attention`. A row with no allowed key is all 0.
     """
+    masks = {"query_mask": query_mask, "key_mask": key_mask, "attention_mask": attention_mask}
+    _refuse_symbols(**masks, segment_ids=segment_ids)
     query, key, _ = _check_tensors(query, key, key)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, None)
     query_mask, key_mask, attention_mask, _ = masks
@@ -370,7 +376,7 @@ def attention_weights(
 
 def _dense_weights(query, key, given, pattern):
     """The weights of heads that have one pattern, as one tile of all pairs."""
-    n, m = ops.shape(query)[1], ops.shape(key)[1]
+    n, m = size_of(query, 1), size_of(key, 1)
     part = Part.of(Band(), pattern, None, None)
     tiles = Tiles(part, part.layout, Chosen(None, n), Chosen(None, m), given)
     (q,), (k,) = part.layout.split_queries(query), part.layout.split_keys(key, n)
@@ -394,16 +400,22 @@ def _scale(query, scale):
     return ops.convert_to_tensor(scale, dtype=query.dtype)
 
 
+def _refuse_symbols(**given):
+    for name, x in given.items():
+        for each in x if isinstance(x, (list, tuple)) else (x,):
+            if isinstance(each, keras.KerasTensor):
+                raise TypeError(
+                    f"`{name}` must be a tensor or an array; in a functional model use a layer of "
+                    f"`sparse_attn.layers`, or call this inside of your own layer. Received: {x!r}"
+                )
+
+
 def _check_tensors(query, key, value):
-    tensors = []
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if isinstance(x, keras.KerasTensor):
-            raise TypeError(
-                f"`{name}` must be a tensor or an array; in a functional model use a layer of "
-                f"`sparse_attn.layers`, or call this inside of your own layer. Received: {x!r}"
-            )
-        tensors.append(check_tensor(name, _to_tensor(name, x), "float", (None,) * 4))
-    query, key, value = tensors
+    given = {"query": query, "key": key, "value": value}
+    _refuse_symbols(**given)
+    query, key, value = (
+        check_tensor(name, _to_tensor(name, x), "float", (None,) * 4) for name, x in given.items()
+    )
     b, _, h, d = query.shape
     if 0 in (h, d):
         requirement = "at least one head and one feature"
@@ -422,28 +434,7 @@ def _check_tensors(query, key, value):
 
 
 def _to_tensor(name, x):
-    requirement = "a tensor or an array of numbers"
-    if x is None or isinstance(x, (str, bytes, dict, set)):
-        raise TypeError(received(name, requirement, x))
-    x = _of_lists(name, x)
-    try:
-        return ops.convert_to_tensor(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(received(name, requirement, x)) from error
-
-
-def _of_lists(name, x):
-    """Lists of numbers as an array; tensors and others pass."""
-    if not isinstance(x, (list, tuple)):
-        return x
-    requirement = "a tensor or an array of numbers"
-    try:
-        found = np.asarray(x)
-    except ValueError:
-        raise ValueError(received(name, requirement, x)) from None
-    if found.dtype.kind not in "biuf":
-        raise TypeError(received(name, requirement, x))
-    return found
+    return ops.convert_to_tensor(as_numbers(name, x, "a tensor or an array of numbers"))
 
 
 def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
@@ -479,10 +470,12 @@ def check_segments(segment_ids, b, n, m):
         if len(segment_ids) != 2:
             raise ValueError(received("segment_ids", requirement, segment_ids))
         names, pair = ("segment_ids[0]", "segment_ids[1]"), segment_ids
-    pair = _renumbered([_of_lists(name, x) for name, x in zip(names, pair, strict=True)])
+    requirement = "a tensor or an array of ints"
+    pair = [as_numbers(name, x, requirement) for name, x in zip(names, pair, strict=True)]
+    pair = _renumbered(pair)
     found = []
     for name, x, size in zip(names, pair, (n, m), strict=True):
-        x = x if isinstance(x, keras.KerasTensor) else _to_tensor(name, x)
+        x = x if isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
         found.append(check_tensor(name, x, "int", (b, size)))
     if found[0].dtype != found[1].dtype:
         found = [ops.cast(x, "int64") for x in found]
@@ -522,7 +515,7 @@ def _at_all_pairs(x, query, key):
     wanted = [
         1 if size == 1 else all_there for size, all_there in zip(x.shape, (b, h), strict=False)
     ]
-    wanted += [n, ops.shape(key)[1]]
+    wanted += [n, size_of(key, 1)]
     if all(isinstance(size, int) for size in wanted) and tuple(wanted) == tuple(x.shape):
         return x
     return ops.broadcast_to(x, wanted)
@@ -536,11 +529,10 @@ def _check_positions(positions, known_n, n, limit):
         if positions + (known_n or 1) > limit:
             requirement = f"in [0, {bound}), up to the last query"
             raise ValueError(received("query_positions", requirement, positions))
-    elif isinstance(positions, (list, tuple, np.ndarray)):  # its values are at hand
-        values = np.asarray(positions)
-        if values.dtype.kind not in "biuf":
-            raise TypeError(received("query_positions", "an int or an array of ints", positions))
-        if values.size and not (values.min() >= 0 and values.max() < limit):
+    else:
+        positions = as_numbers("query_positions", positions, "an int or an array of ints")
+        at_hand = isinstance(positions, np.ndarray) and positions.size
+        if at_hand and not (positions.min() >= 0 and positions.max() < limit):
             raise ValueError(received("query_positions", f"in [0, {bound})", positions))
     positions = ops.convert_to_tensor(positions)
     check_tensor("query_positions", positions, "int", (), (known_n,))

@@ -44,9 +44,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from einops import rearrange
 from keras import ops
 
+from sparse_attn.reshaping import rearrange
 from sparse_attn.tracing import (
     eagerly,
     gather,
@@ -54,6 +54,7 @@ from sparse_attn.tracing import (
     least,
     most,
     pad_rows,
+    size_of,
     sum_segments,
     take,
 )
@@ -73,7 +74,7 @@ def crop(x, start, length):
         start: int or int tensor, may be negative.
         length: int or int tensor.
     """
-    rows = ops.shape(x)[1]
+    rows = size_of(x, 1)
     before = most(-start, 0)
     after = most(start + length - rows, 0)
     if _may_be_positive(before) or _may_be_positive(after):
@@ -273,11 +274,11 @@ class Halo:
         rows = _as_rows(ops.arange((tile + max(high, 0) + 1) * self._step, dtype="int32"))
         whole = replace(self, origin=0, chunk=None)
         queries = whole.split_queries(rows)[0]
-        keys = whole.split_keys(rows, ops.shape(rows)[1])[0]
+        keys = whole.split_keys(rows, size_of(rows, 1))[0]
         return [_pair(queries[0, 0, tile], keys[0, 0, tile])]
 
     def split_queries(self, x):
-        blocks = self._num_blocks(ops.shape(x)[1])
+        blocks = self._num_blocks(size_of(x, 1))
         x = crop(x, 0, blocks * self._step)
         return [rearrange(x, "b (t i r) h d -> b h (r t) i d", i=self.width, r=self.rate)]
 
@@ -438,9 +439,9 @@ class Stairs:
 
     def _split(self, x, ranges):
         heads = x.shape[2]
-        x = crop(x, 0, _blocks(ops.shape(x)[1], self.rate) * self.rate)
+        x = crop(x, 0, _blocks(size_of(x, 1), self.rate) * self.rate)
         x = rearrange(x, "b (u r) h d -> (b h r) u d", r=self.rate)
-        rows = ops.shape(x)[1]
+        rows = size_of(x, 1)
         ends = [rows if end is None else least(end, rows) for _, end in ranges]
         tiles = [crop(x, start, end - start) for (start, _), end in zip(ranges, ends, strict=True)]
         return [rearrange(x, "(b h r) i d -> b h r i d", h=heads, r=self.rate) for x in tiles]
@@ -522,10 +523,10 @@ class Nested:
         return self.outer.scored_pairs * self.inner.scored_pairs
 
     def split_queries(self, x):
-        return [take_rows(x, rows) for rows in self._query_rows(ops.shape(x)[1])]
+        return [take_rows(x, rows) for rows in self._query_rows(size_of(x, 1))]
 
     def split_keys(self, x, n):
-        return [take_rows(x, rows) for rows in self._key_rows(n, ops.shape(x)[1])]
+        return [take_rows(x, rows) for rows in self._key_rows(n, size_of(x, 1))]
 
     def sum_keys(self, tiles, n, m):
         return add_rows(tiles, self._key_rows(n, m), m)
@@ -552,7 +553,7 @@ class Nested:
         behind = () if n is None else (_blocks(n, self.row),)
         found = []
         for rows in getattr(self.outer, split)(x, *behind):
-            _, _, t, i, _ = ops.shape(rows)
+            t, i = size_of(rows, 2), size_of(rows, 3)
             x = rearrange(rows, "1 1 t i x -> (t i) x 1 1")
             (x,) = getattr(self.inner, split)(x, *(() if n is None else (self.row,)))
             x = rearrange(x, "(t i) 1 u k 1 -> (t u) (i k)", t=t, i=i)
@@ -632,11 +633,11 @@ class Gather:
         return math.prod(self.index.shape) * self.queries * self.keys
 
     def split_queries(self, x):
-        x = crop(x, 0, ops.shape(self.index)[0] * self.queries)
+        x = crop(x, 0, size_of(self.index, 0) * self.queries)
         return [rearrange(x, "b (t i) h d -> b h t i d", i=self.queries)]
 
     def split_keys(self, x, n):
-        blocks = _blocks(ops.shape(x)[1], self.keys)
+        blocks = _blocks(size_of(x, 1), self.keys)
         x = crop(x, 0, blocks * self.keys)
         x = take_rows(rearrange(x, "b (u w) h d -> b u h (w d)", w=self.keys), self.index)
         return [rearrange(x, "b h t j (w d) -> b h t (j w) d", w=self.keys)]
@@ -655,7 +656,7 @@ def take_rows(x, rows):
 
     A number that is no row stands for zeros.
     """
-    length = ops.shape(x)[1]
+    length = size_of(x, 1)
     x = rearrange(crop(x, 0, length + 1), "b n h d -> b h n d")
     return gather(x, _existing(rows, length), axis=2)
 
@@ -668,7 +669,7 @@ def add_rows(tiles, rows, length):
         rows: for each of them `(t, i)` ints, arrays or tensors.
         length: int or int tensor.
     """
-    batch, heads = ops.shape(tiles[0])[:2]
+    batch, heads = (size_of(tiles[0], axis) for axis in (0, 1))
     tiles = [rearrange(x, "b h t i d -> b h (t i) d") for x in tiles]
     x = tiles[0] if len(tiles) == 1 else ops.concatenate(tiles, axis=2)
     rows = [rearrange(numbers, "t i -> (t i)") for numbers in rows]
@@ -741,7 +742,7 @@ def sum_rows(pieces, starts, length):
         parts = ops.split(x, cuts[1:-1], axis=1)[1:-1] if len(inner) > 1 else []
         for pair, part in zip(itertools.pairwise(inner), parts, strict=True):
             segments[pair].append(part)
-    batch, _, heads, dim = ops.shape(pieces[0])
+    batch, heads, dim = (size_of(pieces[0], axis) for axis in (0, 2, 3))
     sums = [
         sum(parts[1:], parts[0])
         if parts

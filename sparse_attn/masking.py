@@ -8,10 +8,10 @@ without any allowed key comes out as zeros, not as a mean or a NaN.
 from functools import partial
 
 import keras
-from einops import rearrange
 from keras import ops
 
-from sparse_attn.checks import check_int, check_tensor
+from sparse_attn.checks import as_numbers, check_int, check_tensor
+from sparse_attn.reshaping import rearrange
 
 LOWEST = -1e30  # a score that no float32 score survives, with room to add to it
 MASKED = -1e29  # below this a log-sum-exp is that of a fully masked row
@@ -22,7 +22,7 @@ def check_mask(name, mask, *shapes):
     if mask is None:
         return None
     if not isinstance(mask, keras.KerasTensor):
-        mask = ops.convert_to_tensor(mask)
+        mask = ops.convert_to_tensor(as_numbers(name, mask, "a mask of bools"))
     return check_tensor(name, mask, "bool", *shapes)
 
 
@@ -45,7 +45,7 @@ def sequence_mask(lengths, maxlen):
     >>> [[bool(x) for x in row] for row in sequence_mask([1, 3], 3)]
     [[True, False, False], [True, True, True]]
     """
-    lengths = ops.convert_to_tensor(lengths)
+    lengths = ops.convert_to_tensor(as_numbers("lengths", lengths, "ints"))
     check_tensor("lengths", lengths, "int")
     if isinstance(maxlen, (int, float, bool)):
         maxlen = check_int("maxlen", maxlen, minimum=0)

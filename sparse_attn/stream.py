@@ -18,12 +18,12 @@ from functools import partial, reduce
 from typing import NamedTuple
 
 import keras
-from einops import rearrange
 from keras import ops
 
 from sparse_attn.attend import average, log_sum_exp, score, score_gradients, weight_gradients
 from sparse_attn.layouts import Run, crop, sum_rows
 from sparse_attn.masking import MASKED, additive_mask, at_least_lowest, softmax, wide, zero_masked
+from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import add_biases, apply_mods, is_differentiable, only_add
 from sparse_attn.tracing import (
     AT_ONCE,
@@ -34,6 +34,7 @@ from sparse_attn.tracing import (
     may_differentiate,
     pull_back,
     put,
+    size_of,
     take,
     unconverted,
     unlinked,
@@ -283,8 +284,8 @@ class _Cut:
     def __init__(self, schedule, query, key):
         self.streamed, self.heads = schedule.streamed, schedule.heads
         self.runs = schedule.layout.runs()
-        self.n, self.m = ops.shape(query)[1], ops.shape(key)[1]
-        self.batch, self.groups = ops.shape(query)[0], query.shape[2] // self.heads
+        self.n, self.m = size_of(query, 1), size_of(key, 1)
+        self.batch, self.groups = size_of(query, 0), query.shape[2] // self.heads
         # Chunks may reach beyond the ends: padding, so that they can be sliced.
         parts = [run for run in self.runs if run.queries is not None]
         self.q_rows = max((x.q_start + x.count * x.queries for x in parts), default=self.n)

@@ -4,7 +4,6 @@ import functools
 import math
 from dataclasses import dataclass
 
-from einops import rearrange
 from keras import ops
 
 from sparse_attn.bounds import Lists
@@ -12,6 +11,7 @@ from sparse_attn.checks import check_tensor
 from sparse_attn.masking import MASKED, at_least_lowest
 from sparse_attn.patterns import Band, Grid
 from sparse_attn.plan import axes_of, has_surplus
+from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import only_add
 from sparse_attn.stream import Mask
 from sparse_attn.terms import answers_all, period

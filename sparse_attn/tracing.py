@@ -76,17 +76,35 @@ def unlinked(tensor):
     return tensor.detach() if keras.backend.backend() == "torch" else tensor
 
 
+def size_of(x, axis):
+    """The size of a tensor along an axis: `ops.shape(x)[axis]`, which is an int if it is known.
+
+    In a graph of TensorFlow `ops.shape` takes four nodes for each size that is not.
+    """
+    if keras.backend.backend() != "tensorflow" or x.shape[axis] is not None:
+        return ops.shape(x)[axis]
+    return sizes_of(x)[axis]
+
+
+def sizes_of(x):
+    """All sizes of a tensor, which in a graph of TensorFlow come out of one node."""
+    if keras.backend.backend() != "tensorflow":
+        return ops.shape(x)
+    import tensorflow as tf
+
+    return tf.unstack(tf.shape(x))
+
+
 def take(x, start, size, axis):
     """`size` entries of a tensor along an axis, from `start` on: ints, or int tensors."""
-    shape = list(ops.shape(x))
-    known = all(isinstance(number, int) for number in (start, size, shape[axis]))
-    if known and (start, size) == (0, shape[axis]):
+    if isinstance(start, int) and isinstance(size, int) and (start, size) == (0, x.shape[axis]):
         return x
     if keras.backend.backend() == "torch":  # `ops.slice` would mix int32 with int64
         return x.narrow(axis, start, size)
-    starts = [0] * len(shape)
-    starts[axis], shape[axis] = start, size
-    return ops.slice(x, starts, shape)
+    starts = [0] * len(x.shape)
+    sizes = [-1 if length is None else length for length in x.shape]  # -1: all of them
+    starts[axis], sizes[axis] = start, size
+    return ops.slice(x, starts, sizes)
 
 
 def put(x, part, start):

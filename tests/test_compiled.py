@@ -239,14 +239,14 @@ def test_a_length_whose_square_would_not_fit_in_memory(pattern):
     np.testing.assert_allclose(out, x, rtol=1e-5)
 
 
-# ---- Lengths of which one is unknown, or too long -----------------------------
+# ---- Lengths that are unknown, or too long -----------------------------
 
 
-@pytest.mark.parametrize(("n", "m"), [(33, None), (None, 40)])
+@pytest.mark.parametrize(("n", "m"), [(33, None), (None, 40), (None, None)])
 @pytest.mark.parametrize(
     "pattern", [Full(), Local(3), Atrous(15), Blocks(20, 1), Fixed(4), Band(-4, 17, 2)], ids=repr
 )
-def test_one_length_may_be_unknown_and_segments_known(pattern, n, m):
+def test_lengths_may_be_unknown_and_segments_known(pattern, n, m):
     q, k, v = random_inputs(33, 40)
     rng = np.random.default_rng(0)
     segments = rng.integers(0, 2, (2, 33)), rng.integers(0, 2, (2, 40))

@@ -539,6 +539,14 @@ BAD = [
         ValueError,
         "`key_dim` must be a positive int. Received: key_dim=",
     ),
+    *[
+        (
+            lambda x=x: MultiHeadAttention(2, 4)(x, x, key_mask=[[True], [True, False]]),
+            ValueError,
+            "`key_mask` must be a mask of bools or numbers, its rows of one length. Received: ",
+        )
+        for x in (inputs(), keras.Input((13, 6)))
+    ],
     (lambda: MultiHeadAttention(2, 4)(None, inputs()), TypeError, "`query` must be a .*=None"),
     (lambda: MultiHeadAttention(2, 4)(inputs(), None), TypeError, "`value` must be a .*=None"),
     *[
@@ -548,7 +556,7 @@ BAD = [
             f"`{name}` must be a mask of bools or numbers. Received: {name}=",
         )
         for name in ("query_mask", "value_mask", "key_mask", "attention_mask")
-        for mask in ("a", {1}, object(), [[True], [True, False]])
+        for mask in ("a", {1}, object())
         for x in (inputs(), keras.Input((13, 6)))
     ],
     *[

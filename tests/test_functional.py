@@ -611,6 +611,26 @@ BAD = [
         "`query` must be a tensor or an array; in a functional model use a layer",
     ),
     (
+        lambda: sparse_attention(Q, K, V, Full(), key_mask=keras.Input((7,), dtype="bool")),
+        TypeError,
+        "`key_mask` must be a tensor or an array; in a functional model use a layer",
+    ),
+    (
+        lambda: attention_weights(Q, K, Full(), segment_ids=[keras.Input((6,), dtype="int32")] * 2),
+        TypeError,
+        "`segment_ids` must be a tensor or an array; in a functional model use a layer",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_mask=[[True], [True, False]]),
+        ValueError,
+        "`query_mask` must be a mask of bools, its rows of one length",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), key_mask="a"),
+        TypeError,
+        "`key_mask` must be a mask of bools. Received: key_mask='a'",
+    ),
+    (
         lambda: sparse_attention(Q, K, V, Answers(lambda q, k: q - k)),
         TypeError,
         r"Answers.* must answer with bools. Received: dtype=int64",

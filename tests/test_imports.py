@@ -10,35 +10,38 @@ import sparse_attn
 ROOT = Path(sparse_attn.__file__).parent
 # What each module of the package may import, of the package and of elsewhere.
 ALLOWED = {
-    "checks": {"inspect", "math", "numbers", "operator"},
+    "checks": {"inspect", "math", "numbers", "operator", "numpy"},
+    "reshaping": {"collections", "dataclasses", "functools", "operator", "einops", "keras"}
+    | {"tracing"},
     "pictures": {"itertools", "re", "numpy"},
     "patterns": {"abc", "dataclasses", "functools", "math", "operator", "numpy", "checks"}
     | {"pictures"},
     "recipes": {"abc", "checks", "patterns"},
     "expressions": {"ast", "patterns", "recipes"},
-    "layouts": {"functools", "itertools", "math", "dataclasses", "typing", "numpy", "einops"}
+    "layouts": {"functools", "itertools", "math", "dataclasses", "typing", "numpy", "reshaping"}
     | {"keras", "tracing"},
-    "masking": {"functools", "keras", "einops", "checks"},
+    "masking": {"functools", "keras", "reshaping", "checks"},
     "reference": {"numpy"},
     "bounds": {"functools", "itertools", "math", "numpy", "layouts", "patterns"},
     "blocks": {"dataclasses", "itertools", "numpy"},
     "terms": {"functools", "itertools", "math", "dataclasses", "bounds", "patterns", "recipes"},
     "plan": {"functools", "itertools", "math", "dataclasses", "numpy", "blocks", "bounds"}
     | {"checks", "layouts", "patterns", "terms", "tracing"},
-    "costs": {"functools", "itertools", "math", "operator", "dataclasses", "numpy", "einops"}
+    "costs": {"functools", "itertools", "math", "operator", "dataclasses", "numpy", "reshaping"}
     | {"keras", "bounds", "checks", "layouts", "patterns", "plan", "stream", "terms", "tracing"},
-    "chosen": {"itertools", "einops", "keras", "layouts", "masking", "tracing"},
+    "chosen": {"itertools", "reshaping", "keras", "layouts", "masking", "tracing"},
     "attend": {"checks", "functools", "einops", "keras", "masking"},
     "tracing": {"contextlib", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "typing", "keras"}
-    | {"einops", "attend", "layouts", "masking", "scores", "tracing"},
+    | {"reshaping", "attend", "layouts", "masking", "scores", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
     "show": {"argparse", "os", "pathlib", "sys", "parse_pattern", "patterns", "plan"},
     "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks", "tracing"},
-    "tiles": {"functools", "math", "dataclasses", "einops", "keras", "bounds", "checks"}
+    "tiles": {"functools", "math", "dataclasses", "reshaping", "keras", "bounds", "checks"}
     | {"masking", "patterns", "plan", "scores", "stream", "terms"},
     "functional": {"itertools", "dataclasses", "keras", "numpy", "einops", "attend", "bounds"}
-    | {"checks", "chosen", "masking", "patterns", "plan", "scores", "stream", "tiles", "tracing"},
+    | {"checks", "chosen", "masking", "patterns", "plan", "reshaping", "scores", "stream"}
+    | {"tiles", "tracing"},
 }
 
 

@@ -333,8 +333,8 @@ BAD = [
     ),
     (
         lambda: RotaryEmbedding()(some(2, 5, 4), positions=[[1], [1, 2]]),
-        TypeError,
-        r"`positions` must be ints. Received: positions=\[\[1\], \[1, 2\]\]",
+        ValueError,
+        r"`positions` must be ints, its rows of one length. Received: positions=\[\[1\], \[1, 2",
     ),
     *[
         (lambda kind=kind: kind(20)(None), (TypeError, ValueError), "`inputs` must .*=None")

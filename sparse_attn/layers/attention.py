@@ -3,11 +3,9 @@
 import math
 
 import keras
-import numpy as np
-from einops import rearrange
 from keras import constraints, initializers, ops, regularizers
 
-from sparse_attn.checks import check_bool, check_int, check_rate, received, takes
+from sparse_attn.checks import as_numbers, check_bool, check_int, check_rate, received, takes
 from sparse_attn.functional import attention_weights, check_segments, sparse_attention
 from sparse_attn.layers.arguments import (
     read_features,
@@ -22,7 +20,9 @@ from sparse_attn.layers.projection import Projection, as_shaped
 from sparse_attn.layers.saving import HasPolicies, save_pattern, save_shared
 from sparse_attn.masking import check_mask, zero_masked
 from sparse_attn.patterns import Causal, Full, Local, PerHead
+from sparse_attn.reshaping import rearrange
 from sparse_attn.stream import MAX_SCORE_BYTES
+from sparse_attn.tracing import size_of
 
 
 class Attention(HasPolicies, keras.layers.Layer):
@@ -230,7 +230,7 @@ class Attention(HasPolicies, keras.layers.Layer):
         if self.use_gate:
             out = out * self._gate_dense(query)
         out = self._output_dense(out)
-        batch = ops.shape(out)[0]
+        batch = size_of(out, 0)
         features = self._features_of((*known, query.shape[-1]))
         if len(q_axes) > 1 or len(features) > 1:
             out = ops.reshape(out, (batch, *q_axes, *features))
@@ -385,8 +385,8 @@ def _by_heads(x, like, heads):
     An exporter to ONNX, asked for the sizes of a product itself, answers with
     those of the matrix that TensorFlow makes of it, `((b n), (h d))`.
     """
-    batch, length, _ = ops.shape(like)
-    return ops.reshape(x, (batch, length, heads, x.shape[-1] // heads))
+    batch, n = size_of(like, 0), size_of(like, 1)
+    return ops.reshape(x, (batch, n, heads, x.shape[-1] // heads))
 
 
 def _as_list(score_mod):
@@ -399,16 +399,8 @@ def read_mask(name, mask, *shapes):
         return None
     if isinstance(mask, keras.KerasTensor):
         return check_mask(name, keras.KerasTensor(mask.shape, "bool"), *shapes)
-    if not ops.is_tensor(mask):
-        try:
-            mask = np.asarray(mask)
-        except ValueError:  # lists of different lengths
-            mask = np.asarray(mask, object)
-        if mask.dtype.kind in "OSU":
-            raise TypeError(received(name, "a mask of bools or numbers", mask.tolist()))
-    if "string" in str(mask.dtype):
-        raise TypeError(received(name, "a mask of bools or numbers", mask))
-    return check_mask(name, ops.cast(ops.convert_to_tensor(mask), "bool"), *shapes)
+    mask = ops.convert_to_tensor(as_numbers(name, mask, "a mask of bools or numbers"))
+    return check_mask(name, ops.cast(mask, "bool"), *shapes)
 
 
 def of_positions(shape):

@@ -3,15 +3,21 @@
 import math
 
 import keras
-import numpy as np
-from einops import rearrange
 from keras import initializers, ops
 
-from sparse_attn.checks import check_bool, check_int, check_positive, check_tensor, received
+from sparse_attn.checks import (
+    as_numbers,
+    check_bool,
+    check_int,
+    check_positive,
+    check_tensor,
+    received,
+)
 from sparse_attn.layers.arguments import read_object
 from sparse_attn.layers.saving import HasPolicies
+from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import PositionBias, tensors_of
-from sparse_attn.tracing import gather, value_of
+from sparse_attn.tracing import gather, size_of, value_of
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
@@ -403,19 +409,13 @@ def _check_start(start_index, length=None, limit=None):
 def _check_positions(positions, start_index, shape):
     if not isinstance(start_index, int) or start_index:
         raise ValueError(received("start_index", "0 where there are `positions`", start_index))
-    if not (isinstance(positions, keras.KerasTensor) or ops.is_tensor(positions)):
-        try:
-            positions = np.asarray(positions)
-        except ValueError:  # lists of different lengths
-            positions = np.asarray(positions, object)
-        if positions.dtype.kind in "OSU":
-            raise TypeError(received("positions", "ints", positions.tolist()))
-        positions = ops.convert_to_tensor(positions)
+    if not isinstance(positions, keras.KerasTensor):
+        positions = ops.convert_to_tensor(as_numbers("positions", positions, "ints"))
     return check_tensor("positions", positions, "int", (shape[1],), (shape[0], shape[1]))
 
 
 def _positions(inputs, start_index):
-    return ops.arange(ops.shape(inputs)[1], dtype="int32") + ops.cast(start_index, "int32")
+    return ops.arange(size_of(inputs, 1), dtype="int32") + ops.cast(start_index, "int32")
 
 
 def _angles(positions, waves, features, max_wavelength):
