@@ -18,7 +18,7 @@ from keras import ops
 from sparse_attn.tracing import sizes_of
 
 
-def rearrange(x, pattern, **lengths):
+def rearrange(x, pattern, /, **lengths):
     """`einops.rearrange` of a tensor or an array; lengths of axes are ints or int tensors."""
     if None not in tuple(x.shape):
         return einops.rearrange(x, pattern, **lengths)

@@ -25,6 +25,7 @@ CASES = [  # a pattern, the shape of a tensor, which of its sizes a graph knows,
     ("t j -> (t j)", (5, 4), (None, None), {}),
     ("t j -> 1 t 1 j", (5, 4), (None, 4), {}),
     ("1 (i b) j -> (b j) i", (1, 6, 4), (1, None, None), {"i": 1}),
+    ("(y x) -> 1 y 1 x", (6,), (None,), {"x": 2}),
 ]
 SIZED = [case for case in CASES if case[-1]]
 
