@@ -8,6 +8,7 @@ from keras import ops
 
 from sparse_attn.checks import check_tensor, received
 from sparse_attn.masking import MASKED, at_least_lowest, larger, wide, zero_masked
+from sparse_attn.tensors import to_tensor
 
 
 def score(query, key, dtype):
@@ -101,7 +102,7 @@ def merge_attention(parts):
     for number, part in enumerate(parts):
         if not isinstance(part, (list, tuple)) or len(part) != 2:
             raise TypeError(received(f"parts[{number}]", "a pair (out, lse)", part))
-        out, lse = (ops.convert_to_tensor(x) for x in part)
+        out, lse = (to_tensor(f"parts[{number}][{place}]", x) for place, x in enumerate(part))
         check_tensor(f"parts[{number}][0]", out, "float", shape)
         shape = tuple(out.shape)
         check_tensor(f"parts[{number}][1]", lse, "float", shape[:3])

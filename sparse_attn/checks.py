@@ -8,8 +8,6 @@ import math
 import numbers
 import operator
 
-import numpy as np
-
 _INTS = {None: "an int", 0: "a non-negative int", 1: "a positive int"}
 
 
@@ -73,23 +71,6 @@ def check_rate(name, value):
     if not 0 <= float(value) < 1:
         raise ValueError(received(name, requirement, value))
     return float(value)
-
-
-def as_numbers(name, x, requirement):
-    """`x` if it has a dtype, as tensors of any framework do, else as an array.
-
-    Raises:
-        TypeError: if what it holds are no numbers.
-        ValueError: if it is made of lists of different lengths.
-    """
-    try:
-        found = x if hasattr(x, "dtype") else np.asarray(x)
-    except ValueError:
-        requirement += ", its rows of one length"
-        raise ValueError(received(name, requirement, x)) from None
-    if getattr(found.dtype, "kind", "") in tuple("OSUMm") or "string" in str(found.dtype):
-        raise TypeError(received(name, requirement, x))
-    return found
 
 
 _KINDS = {

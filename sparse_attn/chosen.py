@@ -7,7 +7,7 @@ from keras import ops
 from sparse_attn.layouts import crop
 from sparse_attn.masking import zero_masked
 from sparse_attn.reshaping import rearrange
-from sparse_attn.tracing import gather, size_of
+from sparse_attn.tracing import gather, most, size_of
 
 
 class Chosen:
@@ -91,7 +91,9 @@ def _pick(x, rows, back):
     def pick(x, rows, back):
         count = size_of(x, 1)
         inside = (rows >= 0) & (rows < count)
-        found = zero_masked(gather(x, ops.where(inside, rows, 0), axis=1), inside[None])
+        at_least_one = x if isinstance(count, int) else crop(x, 0, most(count, 1))
+        found = gather(at_least_one, ops.where(inside, rows, 0), axis=1)
+        found = zero_masked(found, inside[None])
 
         def grad(*given, upstream=None):
             upstream = given[-1] if upstream is None else upstream

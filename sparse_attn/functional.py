@@ -11,7 +11,6 @@ from keras import ops
 from sparse_attn.attend import join_apart, merge, public_lse
 from sparse_attn.bounds import are_apart
 from sparse_attn.checks import (
-    as_numbers,
     check_bool,
     check_int,
     check_number,
@@ -41,6 +40,7 @@ from sparse_attn.stream import (
     schedule,
     score_bytes,
 )
+from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.tiles import Given, Tiles
 from sparse_attn.tracing import refuse_longer, size_of, unconverted
 
@@ -140,9 +140,9 @@ def sparse_attention(
     >>> tuple(sparse_attention(x, x, x, Causal() & Local(100)).shape)
     (1, 1000, 8, 64)
     """
+    query, key, value = _check_tensors(query, key, value)
     masks = {"query_mask": query_mask, "key_mask": key_mask, "attention_mask": attention_mask}
     _refuse_symbols(**masks, bias=bias, segment_ids=segment_ids, query_positions=query_positions)
-    query, key, value = _check_tensors(query, key, value)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, bias)
     query_mask, key_mask, attention_mask, bias = masks
     segment_ids = check_segments(segment_ids, *query.shape[:2], key.shape[1])
@@ -344,9 +344,9 @@ def attention_weights(
 
     Args are those of `sparse_attention`. A row with no allowed key is all 0.
     """
+    query, key, _ = _check_tensors(query, key, key)
     masks = {"query_mask": query_mask, "key_mask": key_mask, "attention_mask": attention_mask}
     _refuse_symbols(**masks, segment_ids=segment_ids)
-    query, key, _ = _check_tensors(query, key, key)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, None)
     query_mask, key_mask, attention_mask, _ = masks
     check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
@@ -414,7 +414,7 @@ def _check_tensors(query, key, value):
     given = {"query": query, "key": key, "value": value}
     _refuse_symbols(**given)
     query, key, value = (
-        check_tensor(name, _to_tensor(name, x), "float", (None,) * 4) for name, x in given.items()
+        check_tensor(name, to_tensor(name, x), "float", (None,) * 4) for name, x in given.items()
     )
     b, _, h, d = query.shape
     if 0 in (h, d):
@@ -433,10 +433,6 @@ def _check_tensors(query, key, value):
     return query, key, value
 
 
-def _to_tensor(name, x):
-    return ops.convert_to_tensor(as_numbers(name, x, "a tensor or an array of numbers"))
-
-
 def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
     b, n, h, _ = query.shape
     m = key.shape[1]
@@ -450,7 +446,7 @@ def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
         key_mask, attention_mask = _also(key_mask, mask, key), None
     attention_mask = _at_all_pairs(attention_mask, query, key)
     if bias is not None:
-        bias = _to_tensor("bias", bias)
+        bias = to_tensor("bias", bias)
         if "bool" in str(bias.dtype):
             requirement = "numbers; to forbid pairs give `attention_mask`"
             raise TypeError(f"`bias` must be {requirement}. Received: bias.dtype=bool")
@@ -471,11 +467,11 @@ def check_segments(segment_ids, b, n, m):
             raise ValueError(received("segment_ids", requirement, segment_ids))
         names, pair = ("segment_ids[0]", "segment_ids[1]"), segment_ids
     requirement = "a tensor or an array of ints"
-    pair = [as_numbers(name, x, requirement) for name, x in zip(names, pair, strict=True)]
-    pair = _renumbered(pair)
+    arrays = [to_array(name, x, requirement) for name, x in zip(names, pair, strict=True)]
+    pair = _renumbered(arrays) or pair
     found = []
     for name, x, size in zip(names, pair, (n, m), strict=True):
-        x = x if isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
+        x = x if isinstance(x, keras.KerasTensor) else to_tensor(name, x, requirement)
         found.append(check_tensor(name, x, "int", (b, size)))
     if found[0].dtype != found[1].dtype:
         found = [ops.cast(x, "int64") for x in found]
@@ -484,8 +480,8 @@ def check_segments(segment_ids, b, n, m):
 
 def _renumbered(pair):
     """Segments by small numbers, where they are at hand: then they may be any ints."""
-    if not all(isinstance(x, np.ndarray) and x.dtype.kind in "iu" for x in pair):
-        return pair
+    if not all(x is not None and x.dtype.kind in "iu" for x in pair):
+        return None
     _, numbers = np.unique(np.concatenate(pair, axis=None), return_inverse=True)
     parts = np.split(numbers.astype("int32"), [pair[0].size])
     return [part.reshape(x.shape) for part, x in zip(parts, pair, strict=True)]
@@ -524,17 +520,18 @@ def _at_all_pairs(x, query, key):
 def _check_positions(positions, known_n, n, limit):
     limit = 2**31 if limit is None else limit
     bound = "2**31" if limit == 2**31 else limit
+    requirement = "an int or an array of ints"
     if isinstance(positions, (int, float, np.generic)):
         positions = check_int("query_positions", positions, minimum=0)
         if positions + (known_n or 1) > limit:
-            requirement = f"in [0, {bound}), up to the last query"
-            raise ValueError(received("query_positions", requirement, positions))
+            told = f"in [0, {bound}), up to the last query"
+            raise ValueError(received("query_positions", told, positions))
     else:
-        positions = as_numbers("query_positions", positions, "an int or an array of ints")
-        at_hand = isinstance(positions, np.ndarray) and positions.size
-        if at_hand and not (positions.min() >= 0 and positions.max() < limit):
+        values = to_array("query_positions", positions, requirement)
+        is_known = values is not None and values.size
+        if is_known and not (values.min() >= 0 and values.max() < limit):
             raise ValueError(received("query_positions", f"in [0, {bound})", positions))
-    positions = ops.convert_to_tensor(positions)
+    positions = to_tensor("query_positions", positions, requirement)
     check_tensor("query_positions", positions, "int", (), (known_n,))
     positions = ops.cast(positions, "int32")
     return positions if len(positions.shape) else positions + ops.arange(n, dtype="int32")

@@ -87,7 +87,12 @@ def _may_be_positive(size):
 
 
 def _blocks(length, size):
-    """How many blocks of `size` hold `length`, by a division that exports well."""
+    """How many blocks of `size` hold `length`, by a division that exports well.
+
+    At least one where the length is an int tensor: graphs divide by the number of blocks.
+    """
+    if not isinstance(length, int) and not is_symbolic(length):
+        length = most(length, 1)
     return (length + size - 1) // size
 
 
@@ -191,7 +196,7 @@ class Halo:
         ahead = self.last - self.width
         if self.n is not None or self.first > 0 or ahead < 0 or is_symbolic(n) or is_symbolic(m):
             return self
-        longest = most(n, m)
+        longest = most(most(n, m), 1)
         rate = least(self.rate, longest)
         rows = _blocks(longest, rate)
         width = least(self.width, rows)
@@ -356,7 +361,7 @@ class Stairs:
             return self
         if is_symbolic(n) or is_symbolic(m):
             return self
-        return replace(self, rate=least(self.rate, most(n, m)))
+        return replace(self, rate=least(self.rate, most(most(n, m), 1)))
 
     def cut(self, pairs):
         steps = []

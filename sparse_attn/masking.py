@@ -10,8 +10,9 @@ from functools import partial
 import keras
 from keras import ops
 
-from sparse_attn.checks import as_numbers, check_int, check_tensor
+from sparse_attn.checks import check_int, check_tensor
 from sparse_attn.reshaping import rearrange
+from sparse_attn.tensors import to_tensor
 
 LOWEST = -1e30  # a score that no float32 score survives, with room to add to it
 MASKED = -1e29  # below this a log-sum-exp is that of a fully masked row
@@ -22,7 +23,7 @@ def check_mask(name, mask, *shapes):
     if mask is None:
         return None
     if not isinstance(mask, keras.KerasTensor):
-        mask = ops.convert_to_tensor(as_numbers(name, mask, "a mask of bools"))
+        mask = to_tensor(name, mask, "a mask of bools")
     return check_tensor(name, mask, "bool", *shapes)
 
 
@@ -45,7 +46,7 @@ def sequence_mask(lengths, maxlen):
     >>> [[bool(x) for x in row] for row in sequence_mask([1, 3], 3)]
     [[True, False, False], [True, True, True]]
     """
-    lengths = ops.convert_to_tensor(as_numbers("lengths", lengths, "ints"))
+    lengths = to_tensor("lengths", lengths, "ints")
     check_tensor("lengths", lengths, "int")
     if isinstance(maxlen, (int, float, bool)):
         maxlen = check_int("maxlen", maxlen, minimum=0)
@@ -111,7 +112,7 @@ def masked_softmax(scores, mask=None, axis=-1):
     >>> [float(x) for x in weights]
     [0.5, 0.5, 0.0]
     """
-    scores = ops.convert_to_tensor(scores)
+    scores = to_tensor("scores", scores)
     dtype = scores.dtype
     scores = ops.cast(scores, wide(dtype))
     normalise = softmax if axis in (-1, len(scores.shape) - 1) else partial(ops.softmax, axis=axis)

@@ -60,16 +60,19 @@ class _Unsized:
     """A tensor as the array API has it, its own namespace; its sizes may be names."""
 
     def __init__(self, tensor, lengths):
-        self.tensor = tensor
+        self.tensor, self._given, self._lengths = tensor, tensor, lengths
         self.shape = tuple(_Size(axis) if n is None else n for axis, n in enumerate(tensor.shape))
         self.ndim = len(self.shape)
-        self._values = functools.cache(lambda: {**dict(enumerate(sizes_of(tensor))), **lengths})
+
+    @functools.cached_property
+    def _values(self):
+        return {**dict(enumerate(sizes_of(self._given))), **self._lengths}
 
     def __array_namespace__(self):
         return self
 
     def reshape(self, _, shape):
-        sizes = [n.value(self._values()) if isinstance(n, _Size) else n for n in shape]
+        sizes = [n.value(self._values) if isinstance(n, _Size) else n for n in shape]
         self.tensor = ops.reshape(self.tensor, sizes)
         return self
 

@@ -77,13 +77,12 @@ def unlinked(tensor):
 
 
 def size_of(x, axis):
-    """The size of a tensor along an axis: `ops.shape(x)[axis]`, which is an int if it is known.
+    """The size of a tensor along an axis, an int if it is known.
 
-    In a graph of TensorFlow `ops.shape` takes four nodes for each size that is not.
+    In a graph of TensorFlow `ops.shape` would take four nodes for each size that is not.
     """
-    if keras.backend.backend() != "tensorflow" or x.shape[axis] is not None:
-        return ops.shape(x)[axis]
-    return sizes_of(x)[axis]
+    size = x.shape[axis]
+    return sizes_of(x)[axis] if size is None else size
 
 
 def sizes_of(x):
@@ -102,8 +101,11 @@ def take(x, start, size, axis):
     if keras.backend.backend() == "torch":  # `ops.slice` would mix int32 with int64
         return x.narrow(axis, start, size)
     starts = [0] * len(x.shape)
-    sizes = [-1 if length is None else length for length in x.shape]  # -1: all of them
+    sizes = list(x.shape)
     starts[axis], sizes[axis] = start, size
+    if None in sizes:  # -1, all there are, is short; but XLA pads all axes where it knows no start
+        unknown = [-1] * len(sizes) if isinstance(start, int) else sizes_of(x)
+        sizes = [unknown[i] if size is None else size for i, size in enumerate(sizes)]
     return ops.slice(x, starts, sizes)
 
 

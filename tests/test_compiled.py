@@ -262,6 +262,33 @@ def test_lengths_may_be_unknown_and_segments_known(pattern, n, m):
         close(function(q, k, v), expected, "out")
 
 
+@pytest.mark.parametrize("xla", [False, True], ids=["plain", "xla"])
+@pytest.mark.parametrize("pattern", [*PATTERNS, BigBird(16, 2)], ids=repr)
+def test_lengths_that_were_unknown_may_be_0(pattern, xla):
+    function = compiled(pattern, None, xla)
+    for n, m in ((0, 0), (0, 5), (5, 0)):
+        (q, _, _), (_, k, v) = random_inputs(n, n), random_inputs(m, m)
+        given = q, k, v, np.ones((2, m), bool), np.ones((2, n, 2, 3), FLOAT)
+        out, lse, *gradients = [to_numpy(x) for x in function(*given)]
+        np.testing.assert_array_equal(out, np.zeros((2, n, 2, 3)))
+        np.testing.assert_array_equal(lse, np.full((2, n, 2), -np.inf))
+        for x, gradient in zip((q, k, v), gradients, strict=True):
+            np.testing.assert_array_equal(gradient, np.zeros_like(x))
+
+
+def test_xla_is_told_the_sizes_of_pieces():
+    """Of a batch that is unknown in the graph: it would make each piece twice as large."""
+    spec = tf.TensorSpec((None, 1024, 2, 4))
+    function = tf.function(
+        lambda x: sparse_attention(x, x, x, Local(16), max_score_bytes=0),
+        input_signature=[spec],
+        jit_compile=True,
+    )
+    x = tf.zeros((2, 1024, 2, 4))
+    assert "while" in (text := function.experimental_get_compiler_ir(x)(stage="hlo"))
+    assert "set-dimension-size" not in text
+
+
 @pytest.mark.parametrize(
     "pattern", [BigBird(16, 2), Random(16, 4, 2), Neighborhood((4, 4), 1)], ids=repr
 )

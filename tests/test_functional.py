@@ -620,6 +620,32 @@ BAD = [
         TypeError,
         "`segment_ids` must be a tensor or an array; in a functional model use a layer",
     ),
+    *[
+        (
+            lambda name=name: sparse_attention(Q, K, V, Full(), **{name: keras.Input((6, 7))}),
+            TypeError,
+            f"`{name}` must be a tensor or an array; in a functional model use a layer",
+        )
+        for name in ("query_mask", "attention_mask", "bias", "query_positions")
+    ],
+    *[
+        (
+            lambda x=x: sparse_attention(x, K, V, Full()),
+            TypeError,
+            "`query` must be a tensor or an array of numbers. Received: query=",
+        )
+        for x in (keras.layers.Dense(2), np.float32, keras.Input, [[[[1j]]]], Q.astype(complex))
+    ],
+    (
+        lambda: sparse_attention(Q, K, V, Full(), bias=[[1j] * 7] * 6),
+        TypeError,
+        "`bias` must be a tensor or an array of numbers. Received: bias=",
+    ),
+    (
+        lambda: sparse_attention(Q, K, V, Full(), query_positions=[-1, 0, 1, 2, 3, 4]),
+        ValueError,
+        r"`query_positions` must be in \[0, 2\*\*31\). Received: query_positions=\[-1, 0",
+    ),
     (
         lambda: sparse_attention(Q, K, V, Full(), query_mask=[[True], [True, False]]),
         ValueError,

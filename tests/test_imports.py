@@ -10,7 +10,8 @@ import sparse_attn
 ROOT = Path(sparse_attn.__file__).parent
 # What each module of the package may import, of the package and of elsewhere.
 ALLOWED = {
-    "checks": {"inspect", "math", "numbers", "operator", "numpy"},
+    "checks": {"inspect", "math", "numbers", "operator"},
+    "tensors": {"keras", "numpy", "checks"},
     "reshaping": {"collections", "dataclasses", "functools", "operator", "einops", "keras"}
     | {"tracing"},
     "pictures": {"itertools", "re", "numpy"},
@@ -20,7 +21,7 @@ ALLOWED = {
     "expressions": {"ast", "patterns", "recipes"},
     "layouts": {"functools", "itertools", "math", "dataclasses", "typing", "numpy", "reshaping"}
     | {"keras", "tracing"},
-    "masking": {"functools", "keras", "reshaping", "checks"},
+    "masking": {"functools", "keras", "reshaping", "checks", "tensors"},
     "reference": {"numpy"},
     "bounds": {"functools", "itertools", "math", "numpy", "layouts", "patterns"},
     "blocks": {"dataclasses", "itertools", "numpy"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "costs": {"functools", "itertools", "math", "operator", "dataclasses", "numpy", "reshaping"}
     | {"keras", "bounds", "checks", "layouts", "patterns", "plan", "stream", "terms", "tracing"},
     "chosen": {"itertools", "reshaping", "keras", "layouts", "masking", "tracing"},
-    "attend": {"checks", "functools", "einops", "keras", "masking"},
+    "attend": {"checks", "functools", "einops", "keras", "masking", "tensors"},
     "tracing": {"contextlib", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "typing", "keras"}
     | {"reshaping", "attend", "layouts", "masking", "scores", "tracing"},
@@ -41,7 +42,7 @@ ALLOWED = {
     | {"masking", "patterns", "plan", "scores", "stream", "terms"},
     "functional": {"itertools", "dataclasses", "keras", "numpy", "einops", "attend", "bounds"}
     | {"checks", "chosen", "masking", "patterns", "plan", "reshaping", "scores", "stream"}
-    | {"tiles", "tracing"},
+    | {"tensors", "tiles", "tracing"},
 }
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sparse_attn.masking import masked_softmax, sequence_mask, zero_masked
-from tests.compare import FLOAT, close, outputs_and_gradients, to_numpy
+from tests.compare import BACKEND, FLOAT, at_once, close, outputs_and_gradients, to_numpy
 
 
 def test_sequence_mask():
@@ -74,6 +74,19 @@ def test_without_a_mask_it_is_softmax():
     )
 
 
+def test_lists_may_hold_tensors_that_are_traced():
+    def function(a, b):
+        return sequence_mask([a, b], 4), masked_softmax(np.zeros(2), [a > 1, b > 1])
+
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        function = tf.function(function)
+    mask, weights = at_once(function)(*(keras.ops.convert_to_tensor(x) for x in (1, 3)))
+    np.testing.assert_array_equal(to_numpy(mask), [[True] + [False] * 3, [True] * 3 + [False]])
+    np.testing.assert_array_equal(to_numpy(weights), [0, 1])
+
+
 def test_zero_masked():
     x = np.full((2, 3, 4), np.nan, "float32")
     x[0, 1] = 5
@@ -113,6 +126,21 @@ def test_gradient_of_zero_masked_is_zero_where_masked():
             lambda: sequence_mask(np.array([1]), -3),
             ValueError,
             "`maxlen` must be a non-negative int. Received: maxlen=-3",
+        ),
+        (
+            lambda: sequence_mask([[1], [2, 3]], 3),
+            ValueError,
+            r"`lengths` must be ints, its rows of one length. Received: lengths=\[\[1\]",
+        ),
+        (
+            lambda: sequence_mask("a", 3),
+            TypeError,
+            "`lengths` must be ints. Received: lengths='a'",
+        ),
+        (
+            lambda: masked_softmax("a"),
+            TypeError,
+            "`scores` must be a tensor or an array of numbers. Received: scores='a'",
         ),
     ],
 )

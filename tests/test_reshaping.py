@@ -1,5 +1,8 @@
 """`rearrange` in graphs that do not know their sizes yet."""
 
+import gc
+import weakref
+
 import einops
 import keras
 import numpy as np
@@ -65,6 +68,18 @@ def test_sizes_that_are_known_stay_known_and_0_is_one():
 
     assert tuple(function(tf.zeros((0, 6, 3, 4))).shape) == (0, 3, 6, 4)
     assert tuple(function(tf.zeros((2, 0, 3, 4))).shape) == (2, 0, 6, 4)
+
+
+def test_einops_holds_no_tensor_of_a_graph():
+    """It keeps what it found for a shape."""
+
+    def graph():
+        function = tf.function(lambda x: rearrange(x, "b (t i) d -> t b (i d)", i=2))
+        return weakref.ref(function.get_concrete_function(tf.TensorSpec((None, None, 4))).graph)
+
+    found = graph()
+    gc.collect()
+    assert found() is None
 
 
 def test_what_does_not_go_together_is_refused():

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from sparse_attn.checks import as_numbers, check_bool, check_int, check_rate, received, takes
+from sparse_attn.checks import check_bool, check_int, check_rate, received, takes
 from sparse_attn.functional import attention_weights, check_segments, sparse_attention
 from sparse_attn.layers.arguments import (
     read_features,
@@ -22,6 +22,7 @@ from sparse_attn.masking import check_mask, zero_masked
 from sparse_attn.patterns import Causal, Full, Local, PerHead
 from sparse_attn.reshaping import rearrange
 from sparse_attn.stream import MAX_SCORE_BYTES
+from sparse_attn.tensors import to_tensor
 from sparse_attn.tracing import size_of
 
 
@@ -399,7 +400,7 @@ def read_mask(name, mask, *shapes):
         return None
     if isinstance(mask, keras.KerasTensor):
         return check_mask(name, keras.KerasTensor(mask.shape, "bool"), *shapes)
-    mask = ops.convert_to_tensor(as_numbers(name, mask, "a mask of bools or numbers"))
+    mask = to_tensor(name, mask, "a mask of bools or numbers")
     return check_mask(name, ops.cast(mask, "bool"), *shapes)
 
 

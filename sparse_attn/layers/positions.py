@@ -6,7 +6,6 @@ import keras
 from keras import initializers, ops
 
 from sparse_attn.checks import (
-    as_numbers,
     check_bool,
     check_int,
     check_positive,
@@ -17,6 +16,7 @@ from sparse_attn.layers.arguments import read_object
 from sparse_attn.layers.saving import HasPolicies
 from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import PositionBias, tensors_of
+from sparse_attn.tensors import to_tensor
 from sparse_attn.tracing import gather, size_of, value_of
 
 
@@ -410,7 +410,7 @@ def _check_positions(positions, start_index, shape):
     if not isinstance(start_index, int) or start_index:
         raise ValueError(received("start_index", "0 where there are `positions`", start_index))
     if not isinstance(positions, keras.KerasTensor):
-        positions = ops.convert_to_tensor(as_numbers("positions", positions, "ints"))
+        positions = to_tensor("positions", positions, "ints")
     return check_tensor("positions", positions, "int", (shape[1],), (shape[0], shape[1]))
 
 
