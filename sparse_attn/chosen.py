@@ -91,7 +91,7 @@ def _pick(x, rows, back):
     def pick(x, rows, back):
         count = size_of(x, 1)
         inside = (rows >= 0) & (rows < count)
-        at_least_one = x if isinstance(count, int) else crop(x, 0, most(count, 1))
+        at_least_one = crop(x, 0, most(count, 1)) if x.shape[1] is None else x
         found = gather(at_least_one, ops.where(inside, rows, 0), axis=1)
         found = zero_masked(found, inside[None])
 

@@ -96,7 +96,8 @@ def sizes_of(x):
 
 def take(x, start, size, axis):
     """`size` entries of a tensor along an axis, from `start` on: ints, or int tensors."""
-    if isinstance(start, int) and isinstance(size, int) and (start, size) == (0, x.shape[axis]):
+    numbers = start, size, x.shape[axis]  # tensors where PyTorch traces, whatever they are now
+    if all(isinstance(number, int) for number in numbers) and numbers == (0, size, size):
         return x
     if keras.backend.backend() == "torch":  # `ops.slice` would mix int32 with int64
         return x.narrow(axis, start, size)
