@@ -91,9 +91,9 @@ def _pick(x, rows, back):
     def pick(x, rows, back):
         count = size_of(x, 1)
         inside = (rows >= 0) & (rows < count)
-        at_least_one = crop(x, 0, most(count, 1)) if x.shape[1] is None else x
-        found = gather(at_least_one, ops.where(inside, rows, 0), axis=1)
-        found = zero_masked(found, inside[None])
+        # A graph of TensorFlow, which does not know the count, takes no row 0 where there is none.
+        some = crop(x, 0, most(count, 1)) if x.shape[1] is None else x
+        found = zero_masked(gather(some, ops.where(inside, rows, 0), axis=1), inside[None])
 
         def grad(*given, upstream=None):
             upstream = given[-1] if upstream is None else upstream

@@ -141,8 +141,6 @@ def sparse_attention(
     (1, 1000, 8, 64)
     """
     query, key, value = _check_tensors(query, key, value)
-    masks = {"query_mask": query_mask, "key_mask": key_mask, "attention_mask": attention_mask}
-    _refuse_symbols(**masks, bias=bias, segment_ids=segment_ids, query_positions=query_positions)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, bias)
     query_mask, key_mask, attention_mask, bias = masks
     segment_ids = check_segments(segment_ids, *query.shape[:2], key.shape[1])
@@ -345,8 +343,6 @@ def attention_weights(
     Args are those of `sparse_attention`. A row with no allowed key is all 0.
     """
     query, key, _ = _check_tensors(query, key, key)
-    masks = {"query_mask": query_mask, "key_mask": key_mask, "attention_mask": attention_mask}
-    _refuse_symbols(**masks, segment_ids=segment_ids)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, None)
     query_mask, key_mask, attention_mask, _ = masks
     check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
@@ -400,21 +396,10 @@ def _scale(query, scale):
     return ops.convert_to_tensor(scale, dtype=query.dtype)
 
 
-def _refuse_symbols(**given):
-    for name, x in given.items():
-        for each in x if isinstance(x, (list, tuple)) else (x,):
-            if isinstance(each, keras.KerasTensor):
-                raise TypeError(
-                    f"`{name}` must be a tensor or an array; in a functional model use a layer of "
-                    f"`sparse_attn.layers`, or call this inside of your own layer. Received: {x!r}"
-                )
-
-
 def _check_tensors(query, key, value):
-    given = {"query": query, "key": key, "value": value}
-    _refuse_symbols(**given)
     query, key, value = (
-        check_tensor(name, to_tensor(name, x), "float", (None,) * 4) for name, x in given.items()
+        check_tensor(name, to_tensor(name, x), "float", (None,) * 4)
+        for name, x in (("query", query), ("key", key), ("value", value))
     )
     b, _, h, d = query.shape
     if 0 in (h, d):
@@ -456,8 +441,8 @@ def _check_masks(query, key, query_mask, key_mask, attention_mask, bias):
     return query_mask, key_mask, attention_mask, bias
 
 
-def check_segments(segment_ids, b, n, m):
-    """A pair of int tensors `(b, n)` and `(b, m)`, or `None`; symbols pass."""
+def check_segments(segment_ids, b, n, m, symbols=False):
+    """A pair of int tensors `(b, n)` and `(b, m)`, or `None`; perhaps `symbols` of Keras."""
     if segment_ids is None:
         return None
     requirement = "ints (b, n), or a pair of them for queries and keys"
@@ -471,7 +456,8 @@ def check_segments(segment_ids, b, n, m):
     pair = _renumbered(arrays) or pair
     found = []
     for name, x, size in zip(names, pair, (n, m), strict=True):
-        x = x if isinstance(x, keras.KerasTensor) else to_tensor(name, x, requirement)
+        if not (symbols and isinstance(x, keras.KerasTensor)):
+            x = to_tensor(name, x, requirement)
         found.append(check_tensor(name, x, "int", (b, size)))
     if found[0].dtype != found[1].dtype:
         found = [ops.cast(x, "int64") for x in found]

@@ -96,6 +96,11 @@ def _blocks(length, size):
     return (length + size - 1) // size
 
 
+def _longest(n, m):
+    """The larger of two lengths that may be tensors, at least 1 as the sizes of tiles are."""
+    return most(most(n, m), 1)
+
+
 def _even(blocks, most):
     """The size of chunks of about `most` blocks of which the last is as full as can be."""
     most = max(1, min(most, blocks))
@@ -196,7 +201,7 @@ class Halo:
         ahead = self.last - self.width
         if self.n is not None or self.first > 0 or ahead < 0 or is_symbolic(n) or is_symbolic(m):
             return self
-        longest = most(most(n, m), 1)
+        longest = _longest(n, m)
         rate = least(self.rate, longest)
         rows = _blocks(longest, rate)
         width = least(self.width, rows)
@@ -361,7 +366,7 @@ class Stairs:
             return self
         if is_symbolic(n) or is_symbolic(m):
             return self
-        return replace(self, rate=least(self.rate, most(most(n, m), 1)))
+        return replace(self, rate=least(self.rate, _longest(n, m)))
 
     def cut(self, pairs):
         steps = []

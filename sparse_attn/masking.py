@@ -22,9 +22,7 @@ def check_mask(name, mask, *shapes):
     """Return `mask` as a bool tensor, after a check of its dtype and shape; `None` passes."""
     if mask is None:
         return None
-    if not isinstance(mask, keras.KerasTensor):
-        mask = to_tensor(name, mask, "a mask of bools")
-    return check_tensor(name, mask, "bool", *shapes)
+    return check_tensor(name, to_tensor(name, mask, "a mask of bools"), "bool", *shapes)
 
 
 def sequence_mask(lengths, maxlen):

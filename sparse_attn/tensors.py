@@ -18,13 +18,20 @@ def to_tensor(name, x, requirement=NUMBERS):
         requirement: what the message says it must be.
 
     Raises:
-        TypeError: if it holds no real numbers.
+        TypeError: if it is a symbol of Keras, or holds no real numbers.
         ValueError: if it holds lists of different lengths, or numbers too large.
     """
+    if isinstance(x, keras.KerasTensor):
+        raise TypeError(
+            f"`{name}` must be a tensor or an array; in a functional model use a layer of "
+            f"`sparse_attn.layers`, or call this inside of your own layer. Received: {x!r}"
+        )
     to_array(name, x, requirement)
     try:
         found = ops.convert_to_tensor(x)
-    except (OverflowError, RuntimeError) as error:  # the latter is that of PyTorch
+    except (OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "overflow" not in str(error):  # memory, a device
+            raise
         raise ValueError(received(name, requirement, x)) from error
     except (TypeError, ValueError) as error:
         raise TypeError(received(name, requirement, x)) from error

@@ -239,7 +239,7 @@ def test_a_length_whose_square_would_not_fit_in_memory(pattern):
     np.testing.assert_allclose(out, x, rtol=1e-5)
 
 
-# ---- Lengths that are unknown, or too long -----------------------------
+# ---- Lengths that are unknown, or too long ------------------------------------
 
 
 @pytest.mark.parametrize(("n", "m"), [(33, None), (None, 40), (None, None)])

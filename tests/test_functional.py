@@ -618,7 +618,7 @@ BAD = [
     (
         lambda: attention_weights(Q, K, Full(), segment_ids=[keras.Input((6,), dtype="int32")] * 2),
         TypeError,
-        "`segment_ids` must be a tensor or an array; in a functional model use a layer",
+        r"`segment_ids\[0\]` must be a tensor or an array; in a functional model use a layer",
     ),
     *[
         (

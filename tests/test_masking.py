@@ -87,6 +87,15 @@ def test_lists_may_hold_tensors_that_are_traced():
     np.testing.assert_array_equal(to_numpy(weights), [0, 1])
 
 
+def test_lengths_too_large_for_ints_are_refused_or_right():
+    lengths = [2**31 + 1, 2]
+    if BACKEND == "tensorflow":  # whose ints are as wide as they must be
+        assert to_numpy(sequence_mask(lengths, 3)).tolist() == [[True] * 3, [True, True, False]]
+        return
+    with pytest.raises(ValueError, match=r"`lengths` must be ints\. .*2147483649"):
+        sequence_mask(lengths, 3)
+
+
 def test_zero_masked():
     x = np.full((2, 3, 4), np.nan, "float32")
     x[0, 1] = 5
@@ -136,6 +145,11 @@ def test_gradient_of_zero_masked_is_zero_where_masked():
             lambda: sequence_mask("a", 3),
             TypeError,
             "`lengths` must be ints. Received: lengths='a'",
+        ),
+        (
+            lambda: sequence_mask(keras.Input((3,), dtype="int32"), 3),
+            TypeError,
+            "`lengths` must be a tensor or an array; in a functional model use a layer",
         ),
         (
             lambda: masked_softmax("a"),

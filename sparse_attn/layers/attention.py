@@ -5,7 +5,7 @@ import math
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from sparse_attn.checks import check_bool, check_int, check_rate, received, takes
+from sparse_attn.checks import check_bool, check_int, check_rate, check_tensor, received, takes
 from sparse_attn.functional import attention_weights, check_segments, sparse_attention
 from sparse_attn.layers.arguments import (
     read_features,
@@ -18,7 +18,7 @@ from sparse_attn.layers.arguments import (
 )
 from sparse_attn.layers.projection import Projection, as_shaped
 from sparse_attn.layers.saving import HasPolicies, save_pattern, save_shared
-from sparse_attn.masking import check_mask, zero_masked
+from sparse_attn.masking import zero_masked
 from sparse_attn.patterns import Causal, Full, Local, PerHead
 from sparse_attn.reshaping import rearrange
 from sparse_attn.stream import MAX_SCORE_BYTES
@@ -276,7 +276,7 @@ class Attention(HasPolicies, keras.layers.Layer):
             read_mask("attention_mask", attention_mask, *self._mask_shapes(of_query, of_key)),
         )
         sizes = (query.shape[0], *(_length((*shape, 1)) for shape in (of_query, of_key)))
-        return key, masks, check_segments(segment_ids, *sizes)
+        return key, masks, check_segments(segment_ids, *sizes, symbols=True)
 
     def _mask_shapes(self, q_shape, k_shape):
         pairs = tuple((1, size) for size in (*q_shape[1:], *k_shape[1:]))
@@ -399,9 +399,10 @@ def read_mask(name, mask, *shapes):
     if mask is None:
         return None
     if isinstance(mask, keras.KerasTensor):
-        return check_mask(name, keras.KerasTensor(mask.shape, "bool"), *shapes)
-    mask = to_tensor(name, mask, "a mask of bools or numbers")
-    return check_mask(name, ops.cast(mask, "bool"), *shapes)
+        mask = keras.KerasTensor(mask.shape, "bool")
+    else:
+        mask = ops.cast(to_tensor(name, mask, "a mask of bools or numbers"), "bool")
+    return check_tensor(name, mask, "bool", *shapes)
 
 
 def of_positions(shape):

@@ -5,13 +5,7 @@ import math
 import keras
 from keras import initializers, ops
 
-from sparse_attn.checks import (
-    check_bool,
-    check_int,
-    check_positive,
-    check_tensor,
-    received,
-)
+from sparse_attn.checks import check_bool, check_int, check_positive, check_tensor, received
 from sparse_attn.layers.arguments import read_object
 from sparse_attn.layers.saving import HasPolicies
 from sparse_attn.reshaping import rearrange
