@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,16 @@ def test_pictures_are_what_their_script_draws():
     for path, text in drawn.items():
         assert path.read_text(encoding="utf-8") == text, "run `python docs/make_pictures.py`"
     assert {*(DOCS / "pictures").iterdir()} <= set(drawn)
+
+
+def test_captions_of_the_cover_can_be_read_on_a_phone():
+    cover = (DOCS / "pattern.svg").read_text(encoding="utf-8")
+    width, font = (int(re.search(rf' {name}="(\d+)"', cover)[1]) for name in ("width", "font-size"))
+    assert font * 343 / width > 10.5  # pixels, where the picture is as wide as a phone's text
+    captions = [unescape(x) for x in re.findall(r"<text [^>]*>([^<]*)<", cover)]
+    assert captions
+    column = width / len(SCRIPT["COVER"][0])
+    assert max(map(len, captions)) * 0.6 * font < column  # 0.6: a character of a monospace font
 
 
 def test_every_pattern_has_a_picture():
