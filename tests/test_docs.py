@@ -1,5 +1,6 @@
 """The API reference names all that is public, and the pictures are up to date."""
 
+import importlib
 import re
 import runpy
 from html import unescape
@@ -9,31 +10,58 @@ import numpy as np
 import pytest
 
 import sparse_attn
-from sparse_attn import layers
+from sparse_attn import Pattern, layers
 from sparse_attn.expressions import kinds
 from tests.compare import to_numpy
 from tests.test_readme import blocks
 
 DOCS = Path(__file__).parents[1] / "docs"
-API = (DOCS / "api.md").read_text(encoding="utf-8")
+API = "\n".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "api").glob("*.md")))
 OPERATORS = {"And", "Or", "Not"}
 MODULES = {"__version__", "layers", "masking", "reference"}
+MASKS = ["sequence_mask", "masked_softmax", "zero_masked"]
+RESULTS = {"Cost", "ReceptiveField", "Plan", "Part"}  # what functions return
 PUBLIC = [
     *[f"sparse_attn.{name}" for name in sparse_attn.__all__ if name not in MODULES],
     *[f"sparse_attn.layers.{name}" for name in layers.__all__],
+    *[f"sparse_attn.masking.{name}" for name in MASKS],
+    "sparse_attn.reference.dense_attention",
+    "sparse_attn.patterns.look_up",
+    *[f"sparse_attn.plan.{name}" for name in ("Plan", "Part", "bound", "rewrite")],
+    *[f"sparse_attn.costs.{name}" for name in ("Cost", "ReceptiveField")],
 ]
+LOOKED_AT = ["mask", "text", "svg", "plot", "cost", "receptive_field"]
+OVERRIDDEN = ["max_length", "check_lengths", "rows_apart"]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_in_the_reference(name):
-    assert re.search(rf"^\.\. auto(class|function):: {re.escape(name)}$", API, re.MULTILINE)
+def test_every_public_name_is_in_the_reference_once(name):
+    entry = rf"^\.\. auto(class|function):: {re.escape(name)}(\(pattern\))?$"
+    assert len(re.findall(entry, API, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("name", LOOKED_AT + OVERRIDDEN)
+def test_every_method_of_a_pattern_is_in_the_reference_once(name):
+    entry = rf"^\.\. auto(method|attribute):: sparse_attn\.Pattern\.{name}$"
+    assert len(re.findall(entry, API, re.MULTILINE)) == 1
+
+
+def test_the_methods_of_a_pattern_are_all_that_it_has():
+    names = {name for name in vars(Pattern) if not name.startswith("_")}
+    assert names == {*LOOKED_AT, *OVERRIDDEN, "get_config", "from_config"}
+
+
+def test_the_first_page_of_the_reference_leads_to_each_name():
+    index = (DOCS / "api" / "index.md").read_text(encoding="utf-8")
+    told = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)(?:\(\))?`", index)}
+    assert {name.rpartition(".")[2] for name in PUBLIC} - told <= RESULTS
+    assert {*LOOKED_AT, *OVERRIDDEN} <= told
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_has_a_docstring(name):
     module, _, attribute = name.rpartition(".")
-    owner = layers if module == "sparse_attn.layers" else sparse_attn
-    docstring = getattr(owner, attribute).__doc__ or ""
+    docstring = getattr(importlib.import_module(module), attribute).__doc__ or ""
     assert docstring.strip()
     assert not docstring.startswith(f"{attribute}(")  # what a dataclass says without one
 
