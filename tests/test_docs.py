@@ -1,5 +1,6 @@
 """The API reference names all that is public, and the pictures are up to date."""
 
+import doctest
 import importlib
 import re
 import runpy
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import sparse_attn
-from sparse_attn import Pattern, layers
+from sparse_attn import Pattern, layers, parse_pattern
 from sparse_attn.expressions import kinds
 from tests.compare import to_numpy
 from tests.test_readme import blocks
@@ -98,3 +99,34 @@ def test_the_examples_for_those_who_come_from_keras_run():
     found, expected = (to_numpy(said[name](x)) for name in ("sparse", "trained"))
     np.testing.assert_allclose(found, expected, atol=1e-5)  # the window holds all of it
     assert isinstance(said["sparse"].layers[-1], layers.MultiHeadAttention)
+
+
+CHOOSING = (DOCS / "choosing.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_for_choosing_a_pattern_run():
+    runner = doctest.DocTestRunner()
+    example = "".join(blocks(CHOOSING, "pycon"))
+    runner.run(doctest.DocTestParser().get_doctest(example, {}, "choosing.md", "choosing.md", 0))
+    assert runner.tries > 10
+    assert runner.failures == 0
+
+
+def test_the_costs_for_choosing_a_pattern_are_those_of_the_patterns(default_costs):
+    rows = re.findall(r"^\| `(.*)` \| (\d+) \| (\d+) \| (\d+|never) \|$", CHOOSING, re.MULTILINE)
+    assert len(rows) == 10
+    for code, *said in rows:
+        pattern, n = parse_pattern(code), 4096
+        cost = pattern.cost(n)
+        reach = 512 if said[-1] == "never" else n  # to find out that takes longer, and less shows it
+        layers_to_all = pattern.receptive_field(1, reach).layers_to_all
+        found = [round(cost.pairs / n), round(cost.scored_pairs / n), layers_to_all or "never"]
+        assert said == [str(x) for x in found], code
+
+
+def test_every_pattern_to_choose_from_has_its_picture_there():
+    pictures = re.findall(
+        r"^## (\w+)\n\n!\[(\1\(.*\))\]\(pictures/\1\.svg\)$", CHOOSING, re.MULTILINE
+    )
+    assert len(pictures) == 8
+    assert {code for _, code in pictures} <= set(SCRIPT["EXAMPLES"])
