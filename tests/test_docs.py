@@ -118,7 +118,7 @@ def test_the_costs_for_choosing_a_pattern_are_those_of_the_patterns(default_cost
     for code, *said in rows:
         pattern, n = parse_pattern(code), 4096
         cost = pattern.cost(n)
-        reach = 512 if said[-1] == "never" else n  # to find out that takes longer, and less shows it
+        reach = 512 if said[-1] == "never" else n  # a short one is enough
         layers_to_all = pattern.receptive_field(1, reach).layers_to_all
         found = [round(cost.pairs / n), round(cost.scored_pairs / n), layers_to_all or "never"]
         assert said == [str(x) for x in found], code
@@ -130,3 +130,14 @@ def test_every_pattern_to_choose_from_has_its_picture_there():
     )
     assert len(pictures) == 8
     assert {code for _, code in pictures} <= set(SCRIPT["EXAMPLES"])
+
+
+@pytest.mark.parametrize("name", [x for x in layers.__all__ if x.endswith("Attention")])
+def test_the_features_of_a_layer_are_said_to_be_per_head(name):
+    assert re.search(r"(key|head)_dim: features per head", getattr(layers, name).__doc__)
+
+
+@pytest.mark.parametrize("page", ["../README.md", "keras.md", "api/layers.md"])
+def test_key_dim_is_said_to_be_per_head(page):
+    text = " ".join((DOCS / page).read_text(encoding="utf-8").split())
+    assert "`key_dim` counts features per head" in text
