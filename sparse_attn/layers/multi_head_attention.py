@@ -26,8 +26,9 @@ class MultiHeadAttention(Attention):
 
     Args:
         num_heads: number of heads, a positive int.
-        key_dim: features of a head's queries and keys, a positive int.
-        value_dim: features of a head's values, `key_dim` by default.
+        key_dim: features per head of queries and keys, a positive int: all heads
+            together are `num_heads * key_dim` wide.
+        value_dim: features per head of values, `key_dim` by default.
         dropout: the share of attention weights to drop in training, in [0, 1).
         use_bias: whether the Dense sublayers have biases.
         output_shape: features of the output, an int or a tuple of ints; those
@@ -208,7 +209,7 @@ class GroupedQueryAttention(Attention):
     in memory. With one head of keys this is multi-query attention.
 
     Args:
-        head_dim: features of a head, a positive int.
+        head_dim: features per head, a positive int.
         num_query_heads: a positive int.
         num_key_value_heads: a positive int that divides `num_query_heads`.
         dropout: the share of attention weights to drop in training, in [0, 1).

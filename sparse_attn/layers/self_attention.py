@@ -16,7 +16,8 @@ class SelfAttention(MultiHeadAttention):
 
     Args:
         num_heads: number of heads, a positive int.
-        key_dim: features of a head's queries and keys, a positive int.
+        key_dim: features per head of queries and keys, a positive int: all heads
+            together are `num_heads * key_dim` wide.
         pattern: a `Pattern`; `Full()` by default.
         causal: whether no position may attend to a later one; the layer's
             `pattern` then is `Causal() & pattern`.
@@ -118,7 +119,8 @@ class AtrousSelfAttention(_NamedSelfAttention):
     Time and memory are 1 / `rate` of full attention's.
 
     Args:
-        num_heads, key_dim: positive ints, as for `SelfAttention`.
+        num_heads: number of heads, a positive int.
+        key_dim: features per head, a positive int.
         rate: a positive int, the distance between the teeth.
         causal: whether no position may attend to a later one.
         **kwargs: as for `MultiHeadAttention`.
@@ -138,7 +140,8 @@ class LocalSelfAttention(_NamedSelfAttention):
     Time and memory are linear in the length.
 
     Args:
-        num_heads, key_dim: positive ints, as for `SelfAttention`.
+        num_heads: number of heads, a positive int.
+        key_dim: features per head, a positive int.
         window: a non-negative int for both sides, or a pair `(left, right)`
             of them, where `None` is unlimited.
         causal: whether no position may attend to a later one.
@@ -160,7 +163,8 @@ class StridedSelfAttention(_NamedSelfAttention):
     """Self-attention dense nearby and sparse far away. See `Strided`.
 
     Args:
-        num_heads, key_dim: positive ints, as for `SelfAttention`.
+        num_heads: number of heads, a positive int.
+        key_dim: features per head, a positive int.
         stride: a positive int: the window on each side, and the distance
             between the keys beyond it.
         causal: whether no position may attend to a later one.
