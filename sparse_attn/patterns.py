@@ -189,7 +189,7 @@ class Pattern(metaclass=_Frozen):
 
         return plot(self, n, m, weights, ax)
 
-    def cost(self, length, num_heads=1, head_dim=64, dtype="float32", batch=1):
+    def cost(self, n, num_heads=1, head_dim=64, dtype="float32", batch=1):
         """What `sparse_attention` costs with this pattern, beside dense attention.
 
         Pairs and operations are counted. Bytes are estimated, for TensorFlow
@@ -199,7 +199,7 @@ class Pattern(metaclass=_Frozen):
         what the allocator keeps for later.
 
         Args:
-            length: number of queries and of keys, a positive int.
+            n: number of queries and of keys, a positive int.
             num_heads: a positive int.
             head_dim: features of a query, a key and a value in each head, a
                 positive int.
@@ -224,7 +224,7 @@ class Pattern(metaclass=_Frozen):
         """
         from sparse_attn.costs import cost
 
-        return cost(self, length, num_heads, head_dim, dtype, batch)
+        return cost(self, n, num_heads, head_dim, dtype, batch)
 
     def receptive_field(self, layers, n):
         """How far positions reach through some layers that all have this pattern.
@@ -1222,10 +1222,10 @@ class PerHead(Pattern):
         drawn = [pattern.svg(n, m, cells) for pattern in dict.fromkeys(self.patterns)]
         return pictures.side_by_side(drawn)
 
-    def cost(self, length, num_heads=None, head_dim=64, dtype="float32", batch=1):
+    def cost(self, n, num_heads=None, head_dim=64, dtype="float32", batch=1):
         """See `Pattern.cost`. By default there is a head for each pattern."""
         num_heads = len(self.patterns) if num_heads is None else num_heads
-        return super().cost(length, num_heads, head_dim, dtype, batch)
+        return super().cost(n, num_heads, head_dim, dtype, batch)
 
     def __call__(self, q_pos, k_pos):
         raise TypeError(
