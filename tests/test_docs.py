@@ -16,9 +16,8 @@ from tests.test_readme import blocks
 DOCS = Path(__file__).parents[1] / "docs"
 API = (DOCS / "api.md").read_text(encoding="utf-8")
 OPERATORS = {"And", "Or", "Not"}
-MODULES = {"__version__", "layers", "masking", "reference"}
 PUBLIC = [
-    *[f"sparse_attn.{name}" for name in sparse_attn.__all__ if name not in MODULES],
+    *[f"sparse_attn.{name}" for name in (*sparse_attn.__all__, "plan")],
     *[f"sparse_attn.layers.{name}" for name in layers.__all__],
 ]
 

@@ -9,6 +9,7 @@ import pytest
 
 from sparse_attn import Causal, Local, PerHead, parse_pattern, plan
 from sparse_attn.__main__ import main
+from sparse_attn._startup import is_note
 
 
 def run(*arguments, **options):
@@ -56,6 +57,32 @@ def test_it_learns_a_regular_text(tmp_path):
     assert "20/20" in done.stdout
     assert "def " in done.stdout.split("A sample:")[1]
     assert model.stat().st_size > 100_000
+
+
+NOTES = b"""\
+WARNING: All log messages before absl::InitializeLog() is called are written to STDERR
+I0000 00:00:1795660063.955411    8009 port.cc:153] oneDNN custom operations are on.
+2025-01-02 03:04:05.678901: I tensorflow/core/util/port.cc:153] oneDNN custom operations are on.
+To enable the following instructions: AVX2 FMA, in other operations, rebuild TensorFlow with ...
+E0000 00:00:1.2 9 cuda_dnn.cc:8310] Unable to register cuDNN factory: Attempting to register ...
+W0000 00:00:1.2 9 computation_placer.cc:177] computation placer already registered. Please ...
+"""
+NO_GPU = b"E0000 00:00:1.2 8009 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA error"
+
+
+def test_notes_of_tensorflow_are_told_from_errors():
+    assert all(is_note(line, has_gpu=True) for line in NOTES.splitlines())
+    assert is_note(NO_GPU, has_gpu=False)
+    assert not is_note(NO_GPU, has_gpu=True)
+    for error in (
+        b"F0000 00:00:1.2 9 cpu_feature_guard.cc:1] The TensorFlow library was compiled to use AVX",
+        b"E0000 00:00:1.2 9 gpu.cc:1] out of memory",
+        b"W0000 00:00:1.2 9 gpu.cc:1] Allocation of 12 exceeds 10% of free system memory.",
+        b"2025-01-02 03:04:05.678901: W tensorflow/core/x.cc:1] Allocation of 12 exceeds 10%",
+        b"Fatal Python error: Segmentation fault",
+        b"",
+    ):
+        assert not is_note(error, has_gpu=False)
 
 
 @pytest.mark.parametrize(
