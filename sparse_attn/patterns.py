@@ -18,6 +18,7 @@ array([[1, 0, 0, 0],
 import abc
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 
@@ -34,6 +35,12 @@ class _Frozen(abc.ABCMeta):
         pattern = super().__call__(*args, **kwargs)
         object.__setattr__(pattern, "_made", True)
         return pattern
+
+    @property
+    def __signature__(cls):
+        """What `help` shows: the arguments of `__init__`, not those of `__call__` above."""
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class Pattern(metaclass=_Frozen):
@@ -118,7 +125,7 @@ class Pattern(metaclass=_Frozen):
         n, m = self._lengths(n, m)
         return self._answer(np.arange(n), np.arange(m)).copy()
 
-    def text(self, n, m=None, width=64):
+    def text(self, n, m=None, width=64, shades=pictures.SHADES):
         """The pattern as lines of text: queries down, keys across.
 
         A character stands for a cell of pairs: blank where none may attend,
@@ -128,9 +135,15 @@ class Pattern(metaclass=_Frozen):
             n: number of queries.
             m: number of keys, `n` by default.
             width: characters across, at most; half as many lines.
+            shades: a str of at least two characters, from the one of a cell
+                without pairs to the one of a full cell. `" .:+#"` is for
+                terminals that know ASCII only.
 
         Returns:
             A str of lines.
+
+        Raises:
+            TypeError, ValueError: for arguments of another kind, and as `mask`.
 
         Example:
 
@@ -143,7 +156,8 @@ class Pattern(metaclass=_Frozen):
         """
         n, m = self._lengths(n, m)
         width = check_int("width", width, minimum=2)
-        return pictures.text(self._answer, n, m, width, self.rows_apart(n))
+        check_shades(shades)
+        return pictures.text(self._answer, n, m, width, self.rows_apart(n), shades)
 
     def svg(self, n, m=None, cells=64):
         """The pattern as a picture: queries down, keys across, darker for more pairs.
@@ -452,6 +466,15 @@ class Ranges:
         x = positions if self.period is None else positions % self.period
         tests = [(x >= a) & (x < b) if b - a > 1 else x == a for a, b in self.ranges]
         return functools.reduce(operator.or_, tests, x != x)
+
+
+def check_shades(shades):
+    """Raise `TypeError` or `ValueError` unless `shades` are characters to draw with."""
+    requirement = "a str of at least 2 printable characters"
+    if not isinstance(shades, str):
+        raise TypeError(received("shades", requirement, shades))
+    if len(shades) < 2 or not shades.isprintable():
+        raise ValueError(received("shades", requirement, shades))
 
 
 def check_pattern(name, value):
@@ -1212,10 +1235,10 @@ class PerHead(Pattern):
         """The patterns as a `(patterns, n, m)` boolean numpy array; see `Pattern.mask`."""
         return np.stack([pattern.mask(n, m) for pattern in self.patterns])
 
-    def text(self, n, m=None, width=64):
+    def text(self, n, m=None, width=64, shades=pictures.SHADES):
         """The distinct patterns, one below the other; see `Pattern.text`."""
         drawn = dict.fromkeys(self.patterns)
-        return "\n\n".join(f"{pattern!r}\n{pattern.text(n, m, width)}" for pattern in drawn)
+        return "\n\n".join(f"{each!r}\n{each.text(n, m, width, shades)}" for each in drawn)
 
     def svg(self, n, m=None, cells=64):
         """The distinct patterns side by side; see `Pattern.svg`."""

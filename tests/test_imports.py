@@ -17,10 +17,19 @@ ALLOWED = {
     "reshaping": {"collections", "dataclasses", "functools", "operator", "einops", "keras"}
     | {"tracing"},
     "pictures": {"itertools", "re", "numpy"},
-    "patterns": {"abc", "dataclasses", "functools", "math", "operator", "numpy", "checks"}
+    "patterns": {
+        "abc",
+        "dataclasses",
+        "functools",
+        "inspect",
+        "math",
+        "operator",
+        "numpy",
+        "checks",
+    }
     | {"pictures"},
     "recipes": {"abc", "checks", "patterns"},
-    "expressions": {"ast", "patterns", "recipes"},
+    "expressions": {"ast", "difflib", "inspect", "patterns", "recipes"},
     "layouts": {"functools", "itertools", "math", "dataclasses", "typing", "numpy", "reshaping"}
     | {"keras", "tracing"},
     "masking": {"functools", "keras", "reshaping", "checks", "tensors"},

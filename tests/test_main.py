@@ -138,7 +138,7 @@ def test_show_tells_of_each_pattern_of_a_per_head(default_costs):
         (["Longformer(3, -1)"], "`global_positions` must be a non-negative int"),
         (["Random(10**40)"], "An argument must be a literal or a pattern. Received: 10 ** 40"),
         (["Local(1, window=2)"], "multiple values for argument 'window'"),
-        (["Local(window=1, window=2)"], "A pattern must be made of"),
+        (["Local(window=1, window=2)"], "a keyword is repeated"),
         (["&".join(f"Local({i})" for i in range(900))], "`text` must be a pattern"),
         ([], "the following arguments are required: pattern"),
     ],
