@@ -84,6 +84,18 @@ class Cost:
     beats_dense_from: int | None = None
 
     def __str__(self):
+        return self.table()
+
+    def table(self, width=80):
+        """The cost as lines of text.
+
+        Args:
+            width: characters of a line. Where lines would be longer, what a line is
+                about stands above it.
+
+        Returns:
+            A str of lines.
+        """
         rows = [("", "pattern", *(["dense", "ratio"] if self.dense else []))]
         for field in fields(self)[:6]:
             found = getattr(self, field.name)
@@ -92,11 +104,14 @@ class Cost:
                 other = getattr(self.dense, field.name)
                 row += [_short(field.name, other), f"{found / other:.3f}"]
             rows.append(row)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-            for row in rows
-        ]
+        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        is_wide = first + sum(widths) + 2 * len(widths) > width
+        lines = []
+        for name, *values in rows:
+            if is_wide and name:
+                lines.append(name)
+            name = "" if is_wide else name.ljust(first)
+            lines.append(f"{name}  {'  '.join(map(str.rjust, values, widths))}")
         if self.dense:
             start = self.beats_dense_from
             known = start is not None
