@@ -50,7 +50,7 @@ def _filter_notes():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the main job does
             for descriptor in (0, 1, 2, write):
                 os.close(descriptor)
-            _copy(read, stderr)
+            copy_but_notes(read, stderr)
         finally:
             os._exit(0)
     os.dup2(write, 2)
@@ -61,7 +61,8 @@ def _filter_notes():
     )
 
 
-def _copy(read, write):
+def copy_but_notes(read, write):
+    """Copy lines from one file descriptor to another, but for TensorFlow's notes."""
     has_gpu = any(Path("/dev").glob("nvidia*"))
     rest = b""
     while data := os.read(read, 2**16):
@@ -74,5 +75,6 @@ def _copy(read, write):
 if _is_main_job():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # during imports there is nothing to keep
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0" and hasattr(os, "fork") and sys.stderr:
+    _is_open = all((sys.stdin, sys.stdout, sys.stderr))  # so that new descriptors are others
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0" and hasattr(os, "fork") and _is_open:
         _filter_notes()

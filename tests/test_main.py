@@ -16,7 +16,7 @@ import pytest
 
 from sparse_attn import Causal, Local, PerHead, Strided, parse_pattern, plan, terminal, training
 from sparse_attn.__main__ import main
-from sparse_attn._startup import is_note
+from sparse_attn._startup import copy_but_notes, is_note
 
 COMMAND = [sys.executable, "-m", "sparse_attn"]
 ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "80"}
@@ -319,6 +319,16 @@ def test_notes_of_tensorflow_are_told_from_errors():
         b"",
     ):
         assert not is_note(error, has_gpu=False)
+
+
+def test_all_but_notes_is_passed_on_even_if_the_writer_dies_within_a_line(tmp_path):
+    read, write = os.pipe()
+    os.write(write, b"one\n" + NOTES + b"\ntwo\nthree")
+    os.close(write)
+    with (tmp_path / "err").open("wb") as err:
+        copy_but_notes(read, err.fileno())
+    os.close(read)
+    assert (tmp_path / "err").read_bytes() == b"one\n\ntwo\nthree"
 
 
 @pytest.mark.parametrize(
