@@ -26,7 +26,7 @@ html_sidebars = {"api/*": ["sidebar-nav-bs"], "generated/*": ["sidebar-nav-bs"],
 html_theme_options = {
     "show_prev_next": False,
     "secondary_sidebar_items": ["page-toc"],
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 7,
     "navbar_persistent": ["search-button"],
 }
 

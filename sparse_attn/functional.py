@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from sparse_attn.attend import join_apart, merge, product, public_lse
+from sparse_attn.attend import join_apart, merge, public_lse
 from sparse_attn.bounds import are_apart
 from sparse_attn.checks import (
     LAST,
@@ -41,7 +41,7 @@ from sparse_attn.stream import (
 )
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.tiles import Given, Tiles
-from sparse_attn.tracing import refuse_longer, size_of, unconverted
+from sparse_attn.tracing import product, refuse_longer, size_of, unconverted
 
 
 @unconverted

@@ -18,6 +18,7 @@ array([[1, 0, 0, 0],
 import abc
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 
@@ -34,6 +35,12 @@ class _Frozen(abc.ABCMeta):
         pattern = super().__call__(*args, **kwargs)
         object.__setattr__(pattern, "_made", True)
         return pattern
+
+    @property
+    def __signature__(cls):
+        """What `help` shows: the arguments of `__init__`, not those of `__call__` above."""
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class Pattern(metaclass=_Frozen):
@@ -118,7 +125,7 @@ class Pattern(metaclass=_Frozen):
         n, m = self._lengths(n, m)
         return self._answer(np.arange(n), np.arange(m)).copy()
 
-    def text(self, n, m=None, width=64):
+    def text(self, n, m=None, width=64, shades=pictures.SHADES):
         """The pattern as lines of text: queries down, keys across.
 
         A character stands for a cell of pairs: blank where none may attend,
@@ -128,9 +135,15 @@ class Pattern(metaclass=_Frozen):
             n: number of queries.
             m: number of keys, `n` by default.
             width: characters across, at most; half as many lines.
+            shades: a str of at least two characters, from the one of a cell
+                without pairs to the one of a full cell. `" .:+#"` is for
+                terminals that know ASCII only.
 
         Returns:
             A str of lines.
+
+        Raises:
+            TypeError, ValueError: for arguments of another kind, and as `mask`.
 
         Example:
 
@@ -143,7 +156,8 @@ class Pattern(metaclass=_Frozen):
         """
         n, m = self._lengths(n, m)
         width = check_int("width", width, minimum=2)
-        return pictures.text(self._answer, n, m, width, self.rows_apart(n))
+        check_shades(shades)
+        return pictures.text(self._answer, n, m, width, self.rows_apart(n), shades)
 
     def svg(self, n, m=None, cells=64):
         """The pattern as a picture: queries down, keys across, darker for more pairs.
@@ -189,7 +203,7 @@ class Pattern(metaclass=_Frozen):
 
         return plot(self, n, m, weights, ax)
 
-    def cost(self, length, num_heads=1, head_dim=64, dtype="float32", batch=1):
+    def cost(self, n, num_heads=1, head_dim=64, dtype="float32", batch=1):
         """What `sparse_attention` costs with this pattern, beside dense attention.
 
         Pairs and operations are counted. Bytes are estimated, for TensorFlow
@@ -199,7 +213,7 @@ class Pattern(metaclass=_Frozen):
         what the allocator keeps for later.
 
         Args:
-            length: number of queries and of keys, a positive int.
+            n: number of queries and of keys, a positive int.
             num_heads: a positive int.
             head_dim: features of a query, a key and a value in each head, a
                 positive int.
@@ -224,7 +238,7 @@ class Pattern(metaclass=_Frozen):
         """
         from sparse_attn.costs import cost
 
-        return cost(self, length, num_heads, head_dim, dtype, batch)
+        return cost(self, n, num_heads, head_dim, dtype, batch)
 
     def receptive_field(self, layers, n):
         """How far positions reach through some layers that all have this pattern.
@@ -453,6 +467,15 @@ class Ranges:
         edges = [(within_int32(a), within_int32(b)) for a, b in self.ranges]
         tests = [(x >= a) & (x < b) if b - a != 1 else x == a for a, b in edges]
         return functools.reduce(operator.or_, tests, x != x)
+
+
+def check_shades(shades):
+    """Raise `TypeError` or `ValueError` unless `shades` are characters to draw with."""
+    requirement = "a str of at least 2 printable characters"
+    if not isinstance(shades, str):
+        raise TypeError(received("shades", requirement, shades))
+    if len(shades) < 2 or not shades.isprintable():
+        raise ValueError(received("shades", requirement, shades))
 
 
 def check_pattern(name, value):
@@ -1214,20 +1237,20 @@ class PerHead(Pattern):
         """The patterns as a `(patterns, n, m)` boolean numpy array; see `Pattern.mask`."""
         return np.stack([pattern.mask(n, m) for pattern in self.patterns])
 
-    def text(self, n, m=None, width=64):
+    def text(self, n, m=None, width=64, shades=pictures.SHADES):
         """The distinct patterns, one below the other; see `Pattern.text`."""
         drawn = dict.fromkeys(self.patterns)
-        return "\n\n".join(f"{pattern!r}\n{pattern.text(n, m, width)}" for pattern in drawn)
+        return "\n\n".join(f"{each!r}\n{each.text(n, m, width, shades)}" for each in drawn)
 
     def svg(self, n, m=None, cells=64):
         """The distinct patterns side by side; see `Pattern.svg`."""
         drawn = [pattern.svg(n, m, cells) for pattern in dict.fromkeys(self.patterns)]
         return pictures.side_by_side(drawn)
 
-    def cost(self, length, num_heads=None, head_dim=64, dtype="float32", batch=1):
+    def cost(self, n, num_heads=None, head_dim=64, dtype="float32", batch=1):
         """See `Pattern.cost`. By default there is a head for each pattern."""
         num_heads = len(self.patterns) if num_heads is None else num_heads
-        return super().cost(length, num_heads, head_dim, dtype, batch)
+        return super().cost(n, num_heads, head_dim, dtype, batch)
 
     def __call__(self, q_pos, k_pos):
         raise TypeError(

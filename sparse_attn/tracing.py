@@ -1,7 +1,9 @@
 """What a framework has to be told, or asked, about how it traces and differentiates."""
 
 import contextlib
+import re
 
+import einops
 import keras
 from keras import ops
 
@@ -153,6 +155,20 @@ def gather(x, numbers, axis):
     numbers = ops.convert_to_tensor(numbers).long()
     found = x.index_select(axis, numbers.reshape(-1))
     return found.reshape((*x.shape[:axis], *numbers.shape, *x.shape[axis + 1 :]))
+
+
+def product(x, y, pattern):
+    """Products of the matrices in the last two axes, over one of these: `einops.einsum`.
+
+    TensorFlow's own sums of products, unlike its matrix product, add float16 up in float16.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return einops.einsum(x, y, pattern)
+    import tensorflow as tf
+
+    of_x, of_y, of_both = (part.split() for part in re.split("->|,", pattern))
+    (summed,) = set(of_x) - set(of_both)
+    return tf.matmul(x, y, transpose_a=of_x[-2] == summed, transpose_b=of_y[-1] == summed)
 
 
 def sum_segments(x, numbers, count):

@@ -19,11 +19,10 @@ from tests.test_readme import blocks
 DOCS = Path(__file__).parents[1] / "docs"
 API = "\n".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "api").glob("*.md")))
 OPERATORS = {"And", "Or", "Not"}
-MODULES = {"__version__", "layers", "masking", "reference"}
 MASKS = ["sequence_mask", "masked_softmax", "zero_masked"]
 RESULTS = {"Cost", "ReceptiveField", "Plan", "Part"}  # what functions return
 PUBLIC = [
-    *[f"sparse_attn.{name}" for name in sparse_attn.__all__ if name not in MODULES],
+    *[f"sparse_attn.{name}" for name in (*sparse_attn.__all__, "plan")],
     *[f"sparse_attn.layers.{name}" for name in layers.__all__],
     *[f"sparse_attn.masking.{name}" for name in MASKS],
     "sparse_attn.reference.dense_attention",
