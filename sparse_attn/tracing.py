@@ -1,6 +1,8 @@
 """What a framework has to be told, or asked, about how it traces and differentiates."""
 
 import contextlib
+import operator
+from functools import reduce
 
 import keras
 from keras import ops
@@ -217,8 +219,8 @@ def fold_range(function, count, first):
 def refuse_longer(x, sizes, limit, told):
     """`x`, once it is certain that some sizes are at most `limit`.
 
-    A size that is an int has been looked at before. Of others, TensorFlow
-    raises an error while it runs; XLA, where it cannot, gives NaN.
+    A size that is an int has been checked before. Of others, TensorFlow raises an
+    error while it runs. XLA and exported models cannot: their result is NaN.
 
     Args:
         x: a float tensor.
@@ -227,8 +229,11 @@ def refuse_longer(x, sizes, limit, told):
         told: a str, what the error says.
     """
     sizes = [size for size in sizes if not isinstance(size, int)]
-    if not sizes or keras.backend.backend() != "tensorflow":
+    if not sizes:
         return x
+    if keras.backend.backend() != "tensorflow":
+        fits = reduce(operator.and_, [as_number(size) <= limit for size in sizes])
+        return ops.where(fits, x, ops.full((), float("nan"), x.dtype))
     import tensorflow as tf
 
     longest = tf.reduce_max([tf.cast(size, "int32") for size in sizes])
@@ -244,6 +249,20 @@ def least(a, b):
 def most(a, b):
     """The larger of two sizes, likewise."""
     return _either(max, "maximum", "max_dim", a, b)
+
+
+def as_number(size):
+    """A size as an int tensor: what it is once the graph runs."""
+    if keras.backend.backend() == "torch":  # `ops` would make an int of it
+        import torch
+
+        return torch.as_tensor(size)
+    return ops.convert_to_tensor(size)
+
+
+def known_size(size):
+    """The size if it is an int, or `None` while it is a tensor or a name."""
+    return size if isinstance(size, int) else None
 
 
 def is_symbolic(size):
