@@ -2,8 +2,9 @@
 
 import contextlib
 import operator
-from functools import reduce
+from functools import cache, reduce
 
+import einops
 import keras
 from keras import ops
 
@@ -62,12 +63,115 @@ def pull_back(function, tensors, upstream):
         return list(jax.vjp(function, *tensors)[1](upstream))
     import torch
 
+    if is_transformed():
+        return list(torch.func.vjp(function, *tensors)[1](upstream))
     again = torch.is_grad_enabled()  # to be differentiated itself
     with torch.enable_grad():
         tensors = [x if again and x.requires_grad else x.detach().requires_grad_() for x in tensors]
         found = function(*tensors)
     options = {"create_graph": again, "materialize_grads": True}
     return list(torch.autograd.grad(found, tensors, upstream, **options))
+
+
+def custom_gradient(function):
+    """`ops.custom_gradient`, in a form that `torch.func` and `vmap` can transform too.
+
+    Args:
+        function: from tensors to `(output, grad)`, one tensor and a function.
+            TensorFlow and JAX call `grad(upstream)`. PyTorch calls
+            `grad(*tensors, upstream=upstream)`; under a transform these tensors
+            are not those that `function` saw, so `grad` must not use the latter.
+    """
+    if keras.backend.backend() != "torch":
+        return ops.custom_gradient(function)
+    from torch.autograd import forward_ad
+
+    if forward_ad._current_level >= 0:  # forward mode has no use for a gradient
+        return lambda *tensors: function(*tensors)[0]
+    return lambda *tensors: _custom_function().apply(_Call(function), *tensors)
+
+
+class _Call:
+    """A function under way, and then its gradient."""
+
+    def __init__(self, function):
+        self.function, self.grad = function, None
+
+
+@cache
+def _custom_function():
+    import torch
+
+    class CustomGradient(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(call, *tensors):
+            output, call.grad = call.function(*tensors)
+            return output
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            call, *tensors = inputs
+            ctx.save_for_backward(*tensors)
+            ctx.grad = call.grad
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None, *ctx.grad(*ctx.saved_tensors, upstream=upstream)
+
+    return CustomGradient
+
+
+def recomputed(function):
+    """A function from tensors to a tuple of them, of which nothing is kept to differentiate it.
+
+    For PyTorch, where a gradient that is to be differentiated keeps all that it was made of.
+    """
+    return lambda *tensors: _recomputed_function().apply(function, *tensors)
+
+
+@cache
+def _recomputed_function():
+    import torch
+
+    class Recomputed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(function, *tensors):
+            return function(*tensors)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.function, *tensors = inputs
+            ctx.save_for_backward(*tensors)
+
+        @staticmethod
+        def backward(ctx, *upstream):
+            tensors, function = list(ctx.saved_tensors), ctx.function
+            floats = [i for i, x in enumerate(tensors) if x.is_floating_point()]
+
+            def of_floats(*given):
+                for i, x in zip(floats, given, strict=True):
+                    tensors[i] = x
+                return function(*tensors)
+
+            _, vjp = torch.func.vjp(of_floats, *(tensors[i] for i in floats))
+            found = dict(zip(floats, vjp(upstream), strict=True))
+            return None, *(found.get(i) for i in range(len(tensors)))
+
+    return Recomputed
+
+
+def is_transformed():
+    """Whether PyTorch's `vmap`, a transform of `torch.func` or its forward mode is at work."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+    from torch.autograd import forward_ad
+
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def unlinked(tensor):
@@ -156,6 +260,20 @@ def gather(x, numbers, axis):
     return found.reshape((*x.shape[:axis], *numbers.shape, *x.shape[axis + 1 :]))
 
 
+def einsum(x, y, pattern):
+    """`einops.einsum` of two tensors whose last axes alone differ.
+
+    PyTorch has rules for a batch of gradients, which `jacobian(vectorize=True)` asks
+    for, of matrix products, and none of its own einsum.
+    """
+    if keras.backend.backend() != "torch":
+        return einops.einsum(x, y, pattern)
+    (*_, i, j), (*_, k, m) = (side.split() for side in pattern.partition(" ->")[0].split(","))
+    shared = ({i, j} & {k, m}).pop()
+    x = x if shared == j else x.mT
+    return x @ (y if shared == k else y.mT)
+
+
 def sum_segments(x, numbers, count):
     """`ops.segment_sum`, which on PyTorch would give float32 whatever it got.
 
@@ -186,9 +304,12 @@ def map_range(function, count):
     """`ops.map` over `range(count)`, in which TensorFlow works on few turns at a time, not on 10.
 
     Args:
-        function: from an int32 tensor to a list or tuple of tensors.
+        function: from an int32 tensor, on PyTorch an int, to a list of tensors.
         count: int or int tensor.
     """
+    if keras.backend.backend() == "torch":  # whose loops are Python's
+        turns = [function(number) for number in range(count)]
+        return [ops.stack(each) for each in zip(*turns, strict=True)]
     numbers = ops.arange(count, dtype="int32")
     if keras.backend.backend() != "tensorflow":
         return ops.map(function, numbers)
