@@ -270,8 +270,8 @@ def einsum(x, y, pattern):
         return einops.einsum(x, y, pattern)
     (*_, i, j), (*_, k, m) = (side.split() for side in pattern.partition(" ->")[0].split(","))
     shared = ({i, j} & {k, m}).pop()
-    x = x if shared == j else x.mT
-    return x @ (y if shared == k else y.mT)
+    x = x if shared == j else x.transpose(-1, -2)
+    return x @ (y if shared == k else y.transpose(-1, -2))
 
 
 def sum_segments(x, numbers, count):
