@@ -15,7 +15,7 @@ from sparse_attn.masking import (
     zero_masked,
 )
 from sparse_attn.tensors import to_tensor
-from sparse_attn.tracing import product
+from sparse_attn.tracing import custom_gradient, product
 
 
 def score(query, key, dtype):
@@ -44,7 +44,7 @@ def log_sum_exp(scores, weights):
 
     if keras.backend.backend() == "torch":  # which has no XLA, and exports no such gradient
         return found(scores, weights)[0]
-    return ops.custom_gradient(found)(scores, weights)
+    return custom_gradient(found)(scores, weights)
 
 
 def average(weights, value):

@@ -41,7 +41,7 @@ from sparse_attn.stream import (
 )
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.tiles import Given, Tiles
-from sparse_attn.tracing import product, refuse_longer, size_of, unconverted
+from sparse_attn.tracing import known_size, product, refuse_longer, size_of, unconverted
 
 
 @unconverted
@@ -243,7 +243,7 @@ def _share_out(query, key, value, given, groups):
 def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max_score_bytes):
     """Attention of heads that have one pattern: `(out, lse)`, `lse` finite and perhaps `None`."""
     n, m = size_of(query, 1), size_of(key, 1)
-    known = [size if isinstance(size, int) else None for size in (n, m)]
+    known = [known_size(size) for size in (n, m)]
     if 0 in (*known, query.shape[0]):  # nothing asks, or nothing answers
         parts = ()
     elif given.q_pos is None:
@@ -355,7 +355,8 @@ def attention_weights(
     query, key, _ = _check_tensors(query, key, key)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, None)
     query_mask, key_mask, attention_mask, _ = masks
-    check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
+    lengths = (known_size(x.shape[1]) for x in (query, key))
+    check_pattern("pattern", pattern).check_lengths(*lengths)
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
     query = query * _scale(query, scale)
     heads = query.shape[2]

@@ -1,7 +1,8 @@
 """What a framework has to be told, or asked, about how it traces and differentiates."""
 
 import contextlib
-import re
+import operator
+from functools import cache, reduce
 
 import einops
 import keras
@@ -63,12 +64,115 @@ def pull_back(function, tensors, upstream):
         return list(jax.vjp(function, *tensors)[1](upstream))
     import torch
 
+    if is_transformed():
+        return list(torch.func.vjp(function, *tensors)[1](upstream))
     again = torch.is_grad_enabled()  # to be differentiated itself
     with torch.enable_grad():
         tensors = [x if again and x.requires_grad else x.detach().requires_grad_() for x in tensors]
         found = function(*tensors)
     options = {"create_graph": again, "materialize_grads": True}
     return list(torch.autograd.grad(found, tensors, upstream, **options))
+
+
+def custom_gradient(function):
+    """`ops.custom_gradient`, in a form that `torch.func` and `vmap` can transform too.
+
+    Args:
+        function: from tensors to `(output, grad)`, one tensor and a function.
+            TensorFlow and JAX call `grad(upstream)`. PyTorch calls
+            `grad(*tensors, upstream=upstream)`; under a transform these tensors
+            are not those that `function` saw, so `grad` must not use the latter.
+    """
+    if keras.backend.backend() != "torch":
+        return ops.custom_gradient(function)
+    from torch.autograd import forward_ad
+
+    if forward_ad._current_level >= 0:  # forward mode has no use for a gradient
+        return lambda *tensors: function(*tensors)[0]
+    return lambda *tensors: _custom_function().apply(_Call(function), *tensors)
+
+
+class _Call:
+    """A function under way, and then its gradient."""
+
+    def __init__(self, function):
+        self.function, self.grad = function, None
+
+
+@cache
+def _custom_function():
+    import torch
+
+    class CustomGradient(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(call, *tensors):
+            output, call.grad = call.function(*tensors)
+            return output
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            call, *tensors = inputs
+            ctx.save_for_backward(*tensors)
+            ctx.grad = call.grad
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None, *ctx.grad(*ctx.saved_tensors, upstream=upstream)
+
+    return CustomGradient
+
+
+def recomputed(function):
+    """A function from tensors to a tuple of them, of which nothing is kept to differentiate it.
+
+    For PyTorch, where a gradient that is to be differentiated keeps all that it was made of.
+    """
+    return lambda *tensors: _recomputed_function().apply(function, *tensors)
+
+
+@cache
+def _recomputed_function():
+    import torch
+
+    class Recomputed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(function, *tensors):
+            return function(*tensors)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.function, *tensors = inputs
+            ctx.save_for_backward(*tensors)
+
+        @staticmethod
+        def backward(ctx, *upstream):
+            tensors, function = list(ctx.saved_tensors), ctx.function
+            floats = [i for i, x in enumerate(tensors) if x.is_floating_point()]
+
+            def of_floats(*given):
+                for i, x in zip(floats, given, strict=True):
+                    tensors[i] = x
+                return function(*tensors)
+
+            _, vjp = torch.func.vjp(of_floats, *(tensors[i] for i in floats))
+            found = dict(zip(floats, vjp(upstream), strict=True))
+            return None, *(found.get(i) for i in range(len(tensors)))
+
+    return Recomputed
+
+
+def is_transformed():
+    """Whether PyTorch's `vmap`, a transform of `torch.func` or its forward mode is at work."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+    from torch.autograd import forward_ad
+
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def unlinked(tensor):
@@ -158,17 +262,23 @@ def gather(x, numbers, axis):
 
 
 def product(x, y, pattern):
-    """Products of the matrices in the last two axes, over one of these: `einops.einsum`.
+    """`einops.einsum` of two tensors of which the last axes alone differ: matrix products.
 
-    TensorFlow's own sums of products, unlike its matrix product, add float16 up in float16.
+    TensorFlow adds float16 up in float16 in its einsum, and in float32 in its
+    matrix product. PyTorch has rules for a batch of gradients, which
+    `jacobian(vectorize=True)` asks for, of matrix products alone.
     """
-    if keras.backend.backend() != "tensorflow":
+    backend = keras.backend.backend()
+    if backend == "jax":
         return einops.einsum(x, y, pattern)
-    import tensorflow as tf
+    (*_, i, j), (*_, k, m) = (side.split() for side in pattern.partition(" ->")[0].split(","))
+    shared = ({i, j} & {k, m}).pop()
+    if backend == "tensorflow":
+        import tensorflow as tf
 
-    of_x, of_y, of_both = (part.split() for part in re.split("->|,", pattern))
-    (summed,) = set(of_x) - set(of_both)
-    return tf.matmul(x, y, transpose_a=of_x[-2] == summed, transpose_b=of_y[-1] == summed)
+        return tf.matmul(x, y, transpose_a=shared == i, transpose_b=shared == m)
+    x = x if shared == j else x.transpose(-1, -2)
+    return x @ (y if shared == k else y.transpose(-1, -2))
 
 
 def sum_segments(x, numbers, count):
@@ -201,9 +311,12 @@ def map_range(function, count):
     """`ops.map` over `range(count)`, in which TensorFlow works on few turns at a time, not on 10.
 
     Args:
-        function: from an int32 tensor to a list or tuple of tensors.
+        function: from an int32 tensor, on PyTorch an int, to a list of tensors.
         count: int or int tensor.
     """
+    if keras.backend.backend() == "torch":  # whose loops are Python's
+        turns = [function(number) for number in range(count)]
+        return [ops.stack(each) for each in zip(*turns, strict=True)]
     numbers = ops.arange(count, dtype="int32")
     if keras.backend.backend() != "tensorflow":
         return ops.map(function, numbers)
@@ -234,8 +347,8 @@ def fold_range(function, count, first):
 def refuse_longer(x, sizes, limit, told):
     """`x`, once it is certain that some sizes are at most `limit`.
 
-    A size that is an int has been looked at before. Of others, TensorFlow
-    raises an error while it runs; XLA, where it cannot, gives NaN.
+    A size that is an int has been checked before. Of others, TensorFlow raises an
+    error while it runs. XLA and exported models cannot: their result is NaN.
 
     Args:
         x: a float tensor.
@@ -244,8 +357,11 @@ def refuse_longer(x, sizes, limit, told):
         told: a str, what the error says.
     """
     sizes = [size for size in sizes if not isinstance(size, int)]
-    if not sizes or keras.backend.backend() != "tensorflow":
+    if not sizes:
         return x
+    if keras.backend.backend() != "tensorflow":
+        fits = reduce(operator.and_, [as_number(size) <= limit for size in sizes])
+        return ops.where(fits, x, ops.full((), float("nan"), x.dtype))
     import tensorflow as tf
 
     longest = tf.reduce_max([tf.cast(size, "int32") for size in sizes])
@@ -261,6 +377,20 @@ def least(a, b):
 def most(a, b):
     """The larger of two sizes, likewise."""
     return _either(max, "maximum", "max_dim", a, b)
+
+
+def as_number(size):
+    """A size as an int tensor: what it is once the graph runs."""
+    if keras.backend.backend() == "torch":  # `ops` would make an int of it
+        import torch
+
+        return torch.as_tensor(size)
+    return ops.convert_to_tensor(size)
+
+
+def known_size(size):
+    """The size if it is an int, or `None` while it is a tensor or a name."""
+    return size if isinstance(size, int) else None
 
 
 def is_symbolic(size):

@@ -426,7 +426,8 @@ def both(first, second):
 
 def _length(shape):
     """The number of positions of inputs of a shape, or `None` while it is unknown."""
-    return None if None in shape[1:-1] else math.prod(shape[1:-1])
+    sizes = shape[1:-1]  # JAX exports unknown ones by names, which nothing can be compared with
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
 def _product(sizes):
