@@ -78,6 +78,16 @@ class Pattern(metaclass=_Frozen):
         """
         return None
 
+    @property
+    def grid_shapes(self):
+        """The shapes of the grids that positions are read from row by row: a tuple of tuples.
+
+        An input of a layer with several axes of positions, such as an image,
+        must have these axes; the first may be shorter, and is `None` where it may
+        be any. None for most patterns; combinations tell those of all their parts.
+        """
+        return ()
+
     def check_lengths(self, n, m):
         """Raise `ValueError` if `n` queries and `m` keys cannot be related.
 
@@ -963,6 +973,10 @@ class Grid(Pattern):
                 answers.append(band(self.along(axis, q_pos), self.along(axis, k_pos)))
         return functools.reduce(operator.and_, answers or [q_pos == q_pos])
 
+    @property
+    def grid_shapes(self):
+        return ((None, *self.sizes),) if self.sizes else ()
+
     def along(self, axis, positions):
         """The coordinates of positions along an axis."""
         behind = math.prod(self.sizes[axis:])
@@ -1016,6 +1030,10 @@ class Neighborhood(Pattern):
     def max_length(self):
         return math.prod(self.shape)
 
+    @property
+    def grid_shapes(self):
+        return (self.shape,) if len(self.shape) > 1 else ()
+
     def __call__(self, q_pos, k_pos):
         return self.grid(q_pos, k_pos)
 
@@ -1055,6 +1073,10 @@ class Axial(Pattern):
     def max_length(self):
         return math.prod(self.shape)
 
+    @property
+    def grid_shapes(self):
+        return (self.shape,)
+
     def __call__(self, q_pos, k_pos):
         return functools.reduce(operator.or_, (grid(q_pos, k_pos) for grid in self.grids))
 
@@ -1080,6 +1102,10 @@ class And(Pattern):
     @property
     def max_length(self):
         return _shortest(self.first, self.second)
+
+    @property
+    def grid_shapes(self):
+        return (*self.first.grid_shapes, *self.second.grid_shapes)
 
     def check_lengths(self, n, m):
         for part in (self.first, self.second):
@@ -1109,6 +1135,10 @@ class Or(Pattern):
     def max_length(self):
         return _shortest(self.first, self.second)
 
+    @property
+    def grid_shapes(self):
+        return (*self.first.grid_shapes, *self.second.grid_shapes)
+
     def check_lengths(self, n, m):
         for part in (self.first, self.second):
             part.check_lengths(n, m)
@@ -1136,6 +1166,10 @@ class Not(Pattern):
     @property
     def max_length(self):
         return self.pattern.max_length
+
+    @property
+    def grid_shapes(self):
+        return self.pattern.grid_shapes
 
     def check_lengths(self, n, m):
         self.pattern.check_lengths(n, m)
@@ -1198,6 +1232,10 @@ class PerHead(Pattern):
     @property
     def max_length(self):
         return _shortest(*self.patterns)
+
+    @property
+    def grid_shapes(self):
+        return tuple(shape for pattern in self.patterns for shape in pattern.grid_shapes)
 
     def check_lengths(self, n, m):
         for pattern in self.patterns:

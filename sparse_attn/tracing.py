@@ -76,6 +76,30 @@ def unlinked(tensor):
     return tensor.detach() if keras.backend.backend() == "torch" else tensor
 
 
+def read_variable(variable):
+    """The value of a variable, as a tensor that gradients by the variable are linked to."""
+    if keras.backend.backend() != "tensorflow":
+        return variable.value
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(variable)
+
+
+def is_dense(tensor):
+    """Whether a tensor has a place for each number: it is neither ragged, sparse nor nested."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return not isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return isinstance(tensor, jax.Array)
+    import torch
+
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 def size_of(x, axis):
     """The size of a tensor along an axis, an int if it is known.
 

@@ -11,7 +11,7 @@ ROOT = Path(sparse_attn.__file__).parent
 # What each module of the package may import, of the package and of elsewhere.
 ALLOWED = {
     "checks": {"inspect", "math", "numbers", "operator"},
-    "tensors": {"keras", "numpy", "checks"},
+    "tensors": {"keras", "numpy", "checks", "tracing"},
     "reshaping": {"collections", "dataclasses", "functools", "operator", "einops", "keras"}
     | {"tracing"},
     "pictures": {"itertools", "re", "numpy"},

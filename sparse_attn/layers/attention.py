@@ -1,12 +1,21 @@
 """What all attention layers are: Dense layers around one function."""
 
+import functools
+import inspect
 import math
+import warnings
+from dataclasses import dataclass
 
 import keras
 from keras import constraints, initializers, ops, regularizers
 
 from sparse_attn.checks import check_bool, check_int, check_rate, check_tensor, received, takes
-from sparse_attn.functional import attention_weights, check_segments, sparse_attention
+from sparse_attn.functional import (
+    attention_weights,
+    check_positions,
+    check_segments,
+    sparse_attention,
+)
 from sparse_attn.layers.arguments import (
     read_features,
     read_layer,
@@ -16,6 +25,7 @@ from sparse_attn.layers.arguments import (
     read_window,
     save_score_mod,
 )
+from sparse_attn.layers.base import BaseLayer
 from sparse_attn.layers.projection import Projection, as_shaped
 from sparse_attn.layers.saving import HasPolicies, save_pattern, save_shared
 from sparse_attn.masking import zero_masked
@@ -23,16 +33,42 @@ from sparse_attn.patterns import Causal, Full, Local, PerHead
 from sparse_attn.reshaping import rearrange
 from sparse_attn.stream import MAX_SCORE_BYTES
 from sparse_attn.tensors import to_tensor
+from sparse_attn.terms import is_causal
 from sparse_attn.tracing import size_of
 
 
-class Attention(HasPolicies, keras.layers.Layer):
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a call, of numbers or symbols, after all checks.
+
+    Args:
+        vectors: query, value and key.
+        masks: a dict of masks of positions, as bools `(b|1, ...)` or `None`, by their
+            names in `call`.
+        attention_mask: a mask of pairs, as bools, or `None`.
+        segment_ids: a pair of int tensors, or `None`.
+        query_positions: as it was given.
+        pattern: the pattern of this call.
+    """
+
+    vectors: tuple
+    masks: dict
+    attention_mask: object
+    segment_ids: object
+    query_positions: object
+    pattern: object
+
+
+class Attention(HasPolicies, BaseLayer):
     """Attention of `num_heads` heads of queries over `key_heads` heads of keys and values.
 
     Inputs may have several axes between the batch and the features, such as
     the rows and columns of an image: positions are counted through all of
     them, row by row.
     """
+
+    # The inputs that each mask of positions is of; it has the shape of the first.
+    _sides = {"query_mask": ["query"], "value_mask": ["value"], "key_mask": ["key"]}  # noqa: RUF012
 
     def __init__(
         self,
@@ -64,6 +100,7 @@ class Attention(HasPolicies, keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.supports_masking = True
+        self._warned = set()  # of what, once each
         self._widths = {}  # the features of each input, once they are known
         self._num_heads, self._key_heads = num_heads, key_heads
         self._key_dim, self._value_dim = key_dim, value_dim
@@ -133,6 +170,7 @@ class Attention(HasPolicies, keras.layers.Layer):
     def build(self, query_shape=None, value_shape=None, key_shape=None):
         key_shape = value_shape if key_shape is None else key_shape
         self._check_shapes(query_shape, value_shape, key_shape)
+        self._check_lengths(query_shape, key_shape)
         shapes = {"query": query_shape, "value": value_shape, "key": key_shape}
         self._widths = {name: shape[-1] for name, shape in shapes.items()}
         value_width = self._num_heads * self._value_dim
@@ -192,26 +230,46 @@ class Attention(HasPolicies, keras.layers.Layer):
         training=None,
         use_causal_mask=False,
         segment_ids=None,
+        query_positions=None,
     ):
-        flags = {"use_causal_mask": use_causal_mask}
-        flags["return_attention_scores"] = return_attention_scores
-        masks = query_mask, value_mask, key_mask, attention_mask
-        key, masks, segment_ids = self._read(query, value, key, masks, segment_ids, flags)
+        masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+        return self._attend(
+            (query, value, key),
+            masks,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            query_positions=query_positions,
+            return_attention_scores=return_attention_scores,
+            training=training,
+            use_causal_mask=use_causal_mask,
+        )
+
+    def _attend(self, vectors, masks, *, return_attention_scores, training, **others):
+        """What `call` does.
+
+        Args:
+            vectors: query, value and key, the latter perhaps `None`.
+            masks: a dict of the masks of positions by their names in `call`.
+            **others: the other arguments of `call`.
+        """
+        inputs = self._read(vectors, masks, return_attention_scores, **others)
+        query, value, key = inputs.vectors
         q_axes, k_axes = ops.shape(query)[1:-1], ops.shape(key)[1:-1]
         known = query.shape[:-1]
-        *rows, attention_mask = masks
-        query_mask, value_mask, key_mask = (
-            _flat_positions(mask, x) for mask, x in zip(rows, (query, value, key), strict=True)
-        )
+        query_mask = self._joined(inputs, "query")
+        key_mask = both(self._joined(inputs, "value"), self._joined(inputs, "key"))
         query, key, value = (rearrange(x, "b ... d -> b (...) d") for x in (query, key, value))
-        key_mask = both(key_mask, value_mask)
-        pattern = Causal() & self.pattern if use_causal_mask else self.pattern
+        q_pos = inputs.query_positions
+        if q_pos is not None:
+            n = _product(q_axes)
+            q_pos = check_positions(q_pos, query.shape[1], n, self.pattern.max_length)
         options = {
             "query_mask": query_mask,
             "key_mask": key_mask,
-            "attention_mask": self._flat_pairs(attention_mask, q_axes, k_axes),
-            "segment_ids": segment_ids,
+            "attention_mask": self._flat_pairs(inputs.attention_mask, q_axes, k_axes),
+            "segment_ids": inputs.segment_ids,
             "score_mod": self.score_mod,
+            "query_positions": q_pos,
         }
         # Zeros first: NaN in padding would reach the kernels' gradients.
         query = zero_masked(query, query_mask)
@@ -220,13 +278,13 @@ class Attention(HasPolicies, keras.layers.Layer):
         k = _by_heads(self._key_dense(key), key, self._key_heads)
         v = _by_heads(self._value_dense(value), value, self._key_heads)
         if self.rotary_embedding is not None:
-            q, k = self._turned(q), self._turned(k)
+            q, k = self._turned(q, q_pos), self._turned(k)
         q, k, v = (ops.cast(x, self.compute_dtype) for x in (q, k, v))  # each has its own policy
         own = {"max_score_bytes": self.max_score_bytes}
         if self.dropout and training:
             own |= {"dropout": self.dropout, "seed": self._dropout_layer.seed_generator}
         out = rearrange(
-            sparse_attention(q, k, v, pattern, **options, **own), "b n h e -> b n (h e)"
+            sparse_attention(q, k, v, inputs.pattern, **options, **own), "b n h e -> b n (h e)"
         )
         if self.use_gate:
             out = out * self._gate_dense(query)
@@ -237,13 +295,21 @@ class Attention(HasPolicies, keras.layers.Layer):
             out = ops.reshape(out, (batch, *q_axes, *features))
         if not return_attention_scores:
             return out
-        weights = attention_weights(q, k, pattern, **options)
+        weights = attention_weights(q, k, inputs.pattern, **options)
         if len(q_axes) > 1 or len(k_axes) > 1:
             weights = ops.reshape(weights, (batch, self._num_heads, *q_axes, *k_axes))
         return out, weights
 
-    def _turned(self, x):
-        found = self.rotary_embedding(x)
+    def _turned(self, x, positions=None):
+        if positions is None:
+            found = self.rotary_embedding(x)
+        elif "positions" in inspect.signature(self.rotary_embedding.call).parameters:
+            found = self.rotary_embedding(x, positions=positions)
+        else:
+            raise ValueError(
+                "`rotary_embedding` must take `positions` where there are `query_positions`. "
+                f"Received: rotary_embedding={self.rotary_embedding!r}"
+            )
         pairs = list(zip(found.shape, x.shape, strict=False))
         if len(found.shape) != 4 or any(None not in pair and pair[0] != pair[1] for pair in pairs):
             raise ValueError(
@@ -260,23 +326,68 @@ class Attention(HasPolicies, keras.layers.Layer):
         mask = ops.broadcast_to(mask, (*lead, *q_axes, *k_axes))
         return ops.reshape(mask, (*lead, _product(q_axes), _product(k_axes)))
 
-    def _read(self, query, value, key, masks, segment_ids, flags):
-        """What a call was given, of numbers or symbols: `key`, the masks as bools, segments."""
-        key = value if key is None else key
+    def _read(
+        self,
+        vectors,
+        masks,
+        return_attention_scores,
+        *,
+        attention_mask,
+        segment_ids,
+        query_positions,
+        use_causal_mask,
+    ):
+        """The inputs of a call, of numbers or symbols, after all checks: `Inputs`."""
+        query, value, key = vectors
+        flags = {"use_causal_mask": use_causal_mask}
+        flags["return_attention_scores"] = return_attention_scores
         for name, flag in flags.items():
             if isinstance(flag, str):  # Keras takes ints too
                 raise TypeError(received(name, "True or False", flag))
-        self._check_shapes(*(getattr(x, "shape", None) for x in (query, value, key)))
-        of_query, of_value, of_key = (x.shape[:-1] for x in (query, value, key))
-        query_mask, value_mask, key_mask, attention_mask = masks
-        masks = (
-            read_mask("query_mask", query_mask, of_positions(of_query)),
-            read_mask("value_mask", value_mask, of_positions(of_value)),
-            read_mask("key_mask", key_mask, of_positions(of_key)),
-            read_mask("attention_mask", attention_mask, *self._mask_shapes(of_query, of_key)),
+        named = {"query": query, "value": value, "key": value if key is None else key}
+        vectors = {name: read_vectors(name, x) for name, x in named.items()}
+        shapes = {name: tuple(x.shape) for name, x in vectors.items()}
+        self._check_shapes(*shapes.values())
+        pattern = Causal() & self.pattern if use_causal_mask else self.pattern
+        self._check_lengths(shapes["query"], shapes["key"], query_positions)
+        of_query, of_key = shapes["query"], shapes["key"]
+        masks = {
+            name: read_mask(name, mask, of_positions(shapes[self._sides[name][0]][:-1]))
+            for name, mask in masks.items()
+        }
+        pairs = self._mask_shapes(of_query[:-1], of_key[:-1])
+        attention_mask = read_mask("attention_mask", attention_mask, *pairs)
+        n, m = _length(of_query), _length(of_key)
+        if query_positions is None:
+            self._warn_of_one_query(pattern, n, m)
+        elif isinstance(query_positions, keras.KerasTensor):
+            check_tensor("query_positions", query_positions, "int", (), (n,))
+        return Inputs(
+            tuple(vectors.values()),
+            masks,
+            attention_mask,
+            check_segments(segment_ids, of_query[0], n, m, symbols=True),
+            query_positions,
+            pattern,
         )
-        sizes = (query.shape[0], *(_length((*shape, 1)) for shape in (of_query, of_key)))
-        return key, masks, check_segments(segment_ids, *sizes, symbols=True)
+
+    def _joined(self, inputs, name):
+        """The mask of an input, of all that are its own, as `(b, n)` bools; or `None`."""
+        like = inputs.vectors[("query", "value", "key").index(name)]
+        found = [mask for each, mask in inputs.masks.items() if name in self._sides[each]]
+        return functools.reduce(both, [_flat_positions(mask, like) for mask in found], None)
+
+    def _warn_of_one_query(self, pattern, n, m):
+        if n != 1 or not isinstance(m, int) or m < 2 or "one query" in self._warned:
+            return
+        if is_causal(pattern):
+            self._warned.add("one query")
+            warnings.warn(
+                f"Layer {self.name!r} has one query for {m} keys. Without `query_positions` it "
+                f"stands at position 0, where the causal pattern {pattern!r} lets it see the "
+                "first key alone. Give `query_positions`, the number of positions before it.",
+                stacklevel=2,
+            )
 
     def _mask_shapes(self, q_shape, k_shape):
         pairs = tuple((1, size) for size in (*q_shape[1:], *k_shape[1:]))
@@ -315,13 +426,25 @@ class Attention(HasPolicies, keras.layers.Layer):
                     f"`{name}` must have the batch size of `query`, {query_shape[0]}. "
                     f"Received: shape={tuple(shape)}"
                 )
-        self.pattern.check_lengths(*map(_length, (query_shape, key_shape)))
+
+    def _check_lengths(self, query_shape, key_shape, query_positions=None):
+        """Refuse lengths, and axes of positions, that the pattern cannot relate."""
+        lengths = [_length(shape) for shape in (query_shape, key_shape)]
+        shapes = {"query": query_shape, "key": key_shape}
+        if query_positions is not None:  # they stand elsewhere
+            del shapes["query"]
+            lengths[0] = None
+        self.pattern.check_lengths(*lengths)
+        for name, shape in shapes.items():
+            check_axes(name, shape, self.pattern)
 
     def compute_mask(self, query, previous_mask=None):
         return previous_mask
 
     def compute_output_shape(self, query_shape, value_shape, key_shape=None):
-        self._check_shapes(query_shape, value_shape, key_shape or value_shape)
+        key_shape = key_shape or value_shape
+        self._check_shapes(query_shape, value_shape, key_shape)
+        self._check_lengths(query_shape, key_shape)
         return (*query_shape[:-1], *self._features_of(query_shape))
 
     def compute_output_spec(
@@ -337,11 +460,23 @@ class Attention(HasPolicies, keras.layers.Layer):
         training=None,
         use_causal_mask=False,
         segment_ids=None,
+        query_positions=None,
     ):
-        flags = {"use_causal_mask": use_causal_mask}
-        flags["return_attention_scores"] = return_attention_scores
-        masks = query_mask, value_mask, key_mask, attention_mask
-        key, *_ = self._read(query, value, key, masks, segment_ids, flags)
+        masks = {"query_mask": query_mask, "value_mask": value_mask, "key_mask": key_mask}
+        return self._spec(
+            (query, value, key),
+            masks,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            query_positions=query_positions,
+            return_attention_scores=return_attention_scores,
+            use_causal_mask=use_causal_mask,
+        )
+
+    def _spec(self, vectors, masks, *, return_attention_scores, **others):
+        """What `compute_output_spec` does; see `_attend`."""
+        inputs = self._read(vectors, masks, return_attention_scores, **others)
+        query, _, key = inputs.vectors
         shape = (*query.shape[:-1], *self._features_of(query.shape))
         out = keras.KerasTensor(shape, dtype=self.compute_dtype)
         if not return_attention_scores:
@@ -394,6 +529,13 @@ def _as_list(score_mod):
     return score_mod if isinstance(score_mod, (list, tuple)) else [score_mod]
 
 
+def read_vectors(name, x):
+    """An input of a layer as a tensor, or as the symbol that it is."""
+    if not hasattr(x, "shape"):
+        raise TypeError(received(name, "a tensor (batch, length, features)", x))
+    return x if isinstance(x, keras.KerasTensor) else to_tensor(name, x)
+
+
 def read_mask(name, mask, *shapes):
     """A mask of one of these shapes, of numbers or symbols, as one of bools; `None` passes."""
     if mask is None:
@@ -403,6 +545,27 @@ def read_mask(name, mask, *shapes):
     else:
         mask = ops.cast(to_tensor(name, mask, "a mask of bools or numbers"), "bool")
     return check_tensor(name, mask, "bool", *shapes)
+
+
+def check_axes(name, shape, pattern):
+    """Refuse several axes of positions that are not those of a pattern's grids."""
+    axes = tuple(shape[1:-1])
+    if len(axes) < 2:
+        return
+    for grid in pattern.grid_shapes:
+        if not _is_on_grid(axes, grid):
+            raise ValueError(
+                f"The axes of positions of `{name}` must be those of the grid of {pattern!r}, "
+                f"{grid}, of which the first may be shorter. Received: {name}.shape={tuple(shape)}"
+            )
+
+
+def _is_on_grid(axes, grid):
+    if len(axes) != len(grid):
+        return False
+    pairs = list(zip(axes, grid, strict=True))
+    fits = all(a == size for a, size in pairs[1:] if isinstance(a, int))
+    return fits and (None in pairs[0] or not isinstance(axes[0], int) or axes[0] <= grid[0])
 
 
 def of_positions(shape):

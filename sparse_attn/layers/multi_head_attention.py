@@ -73,6 +73,12 @@ class MultiHeadAttention(Attention):
         segment_ids: `(b, n)` ints, or a pair of them for queries and keys: only
             what has the same number may attend, as for several documents in
             one sequence.
+        query_positions: where the queries are not at `0, 1, 2, ...`, as those of a
+            decoder: an int, the position of the first of them, or `(n,)` ints. The
+            pattern, the `score_mod` and the `rotary_embedding`, which then must take
+            `positions`, follow it; keys stay at `0, 1, 2, ...`. Without it, one
+            query for several keys under a causal pattern sees the first key alone:
+            a layer warns of that once.
 
     Returns:
         `(b, n, *output_shape)`, or a pair of it and the weights.

@@ -7,15 +7,16 @@ from keras import initializers, ops
 
 from sparse_attn.checks import check_bool, check_int, check_positive, check_tensor, received
 from sparse_attn.layers.arguments import read_object
+from sparse_attn.layers.base import BaseLayer
 from sparse_attn.layers.saving import HasPolicies
 from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import PositionBias, tensors_of
-from sparse_attn.tensors import to_tensor
+from sparse_attn.tensors import to_tensor, values_of
 from sparse_attn.tracing import gather, size_of, value_of
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class PositionEmbedding(HasPolicies, keras.layers.Layer):
+class PositionEmbedding(HasPolicies, BaseLayer):
     """A trained vector for each position, to be added to what stands there.
 
     An `Embedding` sublayer of the positions `start_index, start_index + 1, ...`.
@@ -93,7 +94,7 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class SinePositionEncoding(keras.layers.Layer):
+class SinePositionEncoding(BaseLayer):
     """Sines and cosines of each position, to be added to what stands there.
 
     Feature `2 i` is `sin(position * w)` and feature `2 i + 1` is
@@ -149,7 +150,7 @@ class SinePositionEncoding(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class RotaryEmbedding(keras.layers.Layer):
+class RotaryEmbedding(BaseLayer):
     """Turns the features of queries and keys by angles that grow with the position.
 
     Feature `i` of the first half and feature `i` of the second are the two sides
@@ -210,6 +211,7 @@ class RotaryEmbedding(keras.layers.Layer):
         return 0, _check_positions(positions, start_index, shape)
 
     def call(self, inputs, start_index=0, positions=None):
+        inputs = to_tensor("inputs", inputs)
         start_index, positions = self._check(inputs, start_index, positions)
         features = inputs.shape[-1]
         positions = _positions(inputs, start_index) if positions is None else positions
@@ -238,7 +240,7 @@ class RotaryEmbedding(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
+class RelativePositionBias(HasPolicies, BaseLayer, PositionBias):
     """A trained number for each head and distance, added to the scores, as in T5.
 
     An `Embedding` sublayer of buckets of distances: one for each short distance,
@@ -348,7 +350,7 @@ class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
         for name, x in pair.items():
             if not hasattr(x, "shape"):
                 raise TypeError(received(name, "a tensor of ints", x))
-            check_tensor(name, x, "int", (None,))
+            pair[name] = check_tensor(name, to_tensor(name, x, "ints"), "int", (None,))
         q_pos, k_pos = (ops.cast(x, "int32") for x in pair.values())
         return self.bias(q_pos[:, None], k_pos[None, :], heads, *tensors_of([self])[0])
 
@@ -381,7 +383,7 @@ def _check_rank(shape, features=None):
 
 def _check_start(start_index, length=None, limit=None):
     """The argument as an int or an int32 tensor; an int, or a tensor at hand, is looked at."""
-    known = start_index
+    start_index = known = values_of(start_index)
     if isinstance(start_index, keras.KerasTensor) or ops.is_tensor(start_index):
         check_tensor("start_index", start_index, "int", ())
         known = value_of(start_index)

@@ -1,0 +1,256 @@
+"""What functions and layers take for tensors, and what they refuse, in words of their own."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from sparse_attn import Causal, Local, merge_attention, sparse_attention
+from sparse_attn.functional import attention_weights
+from sparse_attn.layers import (
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    PositionEmbedding,
+    RelativePositionBias,
+    RotaryEmbedding,
+    SelfAttention,
+    SinePositionEncoding,
+)
+from sparse_attn.masking import masked_softmax, sequence_mask, zero_masked
+from tests.compare import BACKEND, close, outputs_and_gradients, to_numpy
+
+rng = np.random.default_rng(0)
+ON_TENSORFLOW = pytest.mark.skipif(BACKEND != "tensorflow", reason="a kind of tensor that is there")
+ON_TORCH = pytest.mark.skipif(BACKEND != "torch", reason="a kind of tensor that is there")
+
+
+def normal(*shape):
+    return rng.normal(size=shape).astype("float32")
+
+
+def variable(x):
+    x = np.asarray(x)
+    x = x.astype("int32") if x.dtype.kind == "i" else x
+    return keras.Variable(x, dtype=str(x.dtype), trainable=x.dtype.kind == "f")
+
+
+# ---- Variables ---------------------------------------------------------------
+
+VECTORS = {name: normal(2, 5, 2, 4) for name in ("query", "key", "value")}
+KEPT = rng.random((2, 5)) < 0.8
+PAIRS = {
+    "query_mask": KEPT,
+    "key_mask": KEPT,
+    "segment_ids": np.array([[0, 0, 1, 1, 1], [2, 2, 2, 3, 3]]),
+    "attention_mask": rng.random((2, 5, 5)) < 0.8,
+}
+OF_FUNCTION = {**VECTORS, **PAIRS, "bias": normal(5, 5), "query_positions": np.arange(5)}
+OF_LAYER = {
+    "query": normal(2, 5, 6),
+    "value": normal(2, 5, 6),
+    "key": normal(2, 5, 6),
+    "value_mask": KEPT,
+    **PAIRS,
+}
+of_lse = normal(2, 5, 2)
+CALLS = {
+    "sparse_attention": (lambda **given: sparse_attention(pattern=Local(2), **given), OF_FUNCTION),
+    "attention_weights": (
+        lambda **given: attention_weights(pattern=Local(2), **given),
+        {name: x for name, x in OF_FUNCTION.items() if name not in ("value", "bias")},
+    ),
+    "merge_attention": (
+        lambda out, lse: merge_attention([(out, lse), (out, lse)])[0],
+        {"out": VECTORS["query"], "lse": of_lse},
+    ),
+    "masked_softmax": (masked_softmax, {"scores": normal(2, 5), "mask": KEPT}),
+    "sequence_mask": (sequence_mask, {"lengths": np.array([1, 3]), "maxlen": np.array(4)}),
+    "zero_masked": (zero_masked, {"x": normal(2, 5, 3), "mask": KEPT}),
+    "MultiHeadAttention": (MultiHeadAttention(2, 4, pattern=Local(2)), OF_LAYER),
+    "GroupedQueryAttention": (GroupedQueryAttention(4, 2, 1, pattern=Local(2)), OF_LAYER),
+    "SelfAttention": (
+        SelfAttention(2, 4, Local(2)),
+        {"query": normal(2, 5, 6), "mask": KEPT, **PAIRS},
+    ),
+    "PositionEmbedding": (
+        PositionEmbedding(9),
+        {"inputs": normal(2, 5, 6), "start_index": np.array(2)},
+    ),
+    "SinePositionEncoding": (
+        SinePositionEncoding(),
+        {"inputs": normal(2, 5, 6), "start_index": np.array(2)},
+    ),
+    "RotaryEmbedding": (
+        RotaryEmbedding(),
+        {"inputs": normal(2, 5, 6), "positions": np.arange(5)},
+    ),
+    "RelativePositionBias": (
+        RelativePositionBias(2),
+        {"q_pos": np.arange(5), "k_pos": np.arange(5)},
+    ),
+}
+ARGUMENTS = [(call, name) for call, (_, inputs) in CALLS.items() for name in inputs]
+
+
+@pytest.mark.parametrize(("call", "name"), ARGUMENTS)
+def test_a_variable_may_come_where_a_tensor_may(call, name):
+    function, inputs = CALLS[call]
+    expected = function(**inputs)
+    found = function(**{**inputs, name: variable(inputs[name])})
+    np.testing.assert_array_equal(to_numpy(found), to_numpy(expected))
+
+
+def gradient_by_variable(function, x, cotangent):
+    """The gradient of `sum(function(x) * cotangent)` by a variable, as a training step takes it."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            total = ops.sum(function(x) * cotangent)
+        return to_numpy(tape.gradient(total, x.value))
+    if BACKEND == "jax":
+        import jax
+
+        def loss(value):
+            with keras.StatelessScope(state_mapping=[(x, value)]):
+                return ops.sum(function(x) * cotangent)
+
+        return to_numpy(jax.grad(loss)(x.value))
+    ops.sum(function(x) * ops.convert_to_tensor(cotangent)).backward()
+    return x.value.grad.numpy()
+
+
+TRAINED = [
+    *[("sparse_attention", name) for name in ("query", "key", "value", "bias")],
+    *[("MultiHeadAttention", name) for name in ("query", "key", "value")],
+    ("SelfAttention", "query"),
+    ("merge_attention", "out"),
+    ("merge_attention", "lse"),
+    ("masked_softmax", "scores"),
+]
+
+
+@pytest.mark.parametrize(("call", "name"), TRAINED)
+def test_a_variable_has_the_gradient_of_its_tensor(call, name):
+    function, inputs = CALLS[call]
+    cotangent = normal(*function(**inputs).shape)
+
+    def by_name(x):
+        return function(**{**inputs, name: x})
+
+    _, (expected,) = outputs_and_gradients(lambda x: [by_name(x)], [inputs[name]], [cotangent])
+    found = gradient_by_variable(by_name, variable(inputs[name]), cotangent)
+    close(found, expected, f"gradient of {call} by {name}", "float32")
+
+
+def test_a_variable_is_an_input_of_a_functional_model_and_is_trained_with_it():
+    class Latents(keras.layers.Layer):
+        """Some trained vectors that look at the inputs, as a Perceiver's do."""
+
+        def build(self, shape):
+            self.latents = self.add_weight(shape=(1, 3, shape[-1]))
+            self.attention = MultiHeadAttention(2, 4)
+            self.attention.build((1, 3, shape[-1]), shape)
+
+        def call(self, x):
+            return self.attention(self.latents, x)
+
+    layer = Latents()
+    inputs = keras.Input(batch_shape=(1, None, 6))
+    model = keras.Model(inputs, layer(inputs))
+    model.compile("sgd", "mse", jit_compile=BACKEND == "jax")
+    before = to_numpy(layer.latents)
+    model.fit(normal(1, 5, 6), np.ones((1, 3, 6)), verbose=0)
+    assert np.abs(to_numpy(layer.latents) - before).max() > 0
+
+
+# ---- What is no tensor of numbers, or no dense one ---------------------------
+
+
+def ragged():
+    import tensorflow as tf
+
+    return tf.ragged.constant([[[1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]]], ragged_rank=1)
+
+
+def sparse():
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.sparse.from_dense(normal(1, 3, 6))
+    if BACKEND == "jax":
+        from jax.experimental.sparse import BCOO
+
+        return BCOO.fromdense(normal(1, 3, 6))
+    import torch
+
+    return torch.tensor(normal(1, 3, 6)).to_sparse()
+
+
+LAYERS = {
+    "MultiHeadAttention": lambda x: MultiHeadAttention(2, 4)(x, x),
+    "key": lambda x: MultiHeadAttention(2, 4)(normal(1, 3, 6), normal(1, 3, 6), key=x),
+    "SelfAttention": lambda x: SelfAttention(2, 4)(x),
+    "PositionEmbedding": lambda x: PositionEmbedding(9)(x),
+    "SinePositionEncoding": lambda x: SinePositionEncoding()(x),
+    "RotaryEmbedding": lambda x: RotaryEmbedding()(x),
+}
+
+
+@ON_TENSORFLOW
+@pytest.mark.parametrize("call", LAYERS.values(), ids=LAYERS)
+def test_a_ragged_tensor_is_refused_by_name(call):
+    with pytest.raises(TypeError, match=r"`(query|key|inputs)` must be dense.*to_tensor"):
+        call(ragged())
+    with pytest.raises(TypeError, match=r"`(query|key|inputs)` must be dense"):
+        call(keras.Input((None, 6), ragged=True))
+
+
+@ON_TENSORFLOW
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "key_mask"])
+def test_functions_refuse_a_ragged_tensor_by_name(name):
+    with pytest.raises(TypeError, match=f"`{name}` must be dense"):
+        sparse_attention(pattern=Local(2), **{**VECTORS, name: ragged()})
+
+
+@pytest.mark.parametrize("call", LAYERS.values(), ids=LAYERS)
+def test_a_sparse_tensor_is_refused_by_name(call):
+    with pytest.raises(TypeError, match=r"`(query|key|inputs)` must be dense"):
+        call(sparse())
+
+
+@ON_TORCH
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_refused_by_name():
+    import torch
+
+    nested = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)])
+    with pytest.raises(TypeError, match="`query` must be dense"):
+        SelfAttention(2, 4)(nested)
+
+
+@pytest.mark.parametrize(
+    "strings",
+    [np.full((1, 3, 6), "a"), np.full((1, 3, 6), b"a"), [[["a"] * 6] * 3], "abc"],
+    ids=["array", "bytes", "lists", "str"],
+)
+@pytest.mark.parametrize("call", LAYERS.values(), ids=LAYERS)
+def test_strings_are_refused_by_name(call, strings):
+    with pytest.raises(TypeError, match=r"`(query|key|inputs)` must be a tensor"):
+        call(strings)
+
+
+@pytest.mark.parametrize("call", LAYERS.values(), ids=LAYERS)
+def test_symbols_of_strings_are_refused_by_name(call):
+    with pytest.raises(TypeError, match=r"`(query|key|inputs)` must be a tensor or an array of"):
+        call(keras.Input((3, 6), dtype="string"))
+
+
+@pytest.mark.parametrize("x", [np.full((1, 3, 6), None), np.ones((1, 3, 6), "complex64")])
+def test_objects_and_complex_numbers_are_refused_by_name(x):
+    with pytest.raises(TypeError, match="`query` must be a tensor or an array of numbers"):
+        SelfAttention(2, 4)(x)
+
+
+def test_symbols_of_causal_layers_pass():
+    assert SelfAttention(2, 4, Causal())(keras.Input((None, 6))).shape == (None, None, 6)
