@@ -260,6 +260,25 @@ def refuse_longer(x, sizes, limit, told):
         return tf.where(longest <= limit, x, tf.cast(float("nan"), x.dtype))
 
 
+def require(x, condition, told):
+    """`x`, once it is certain that a condition holds.
+
+    TensorFlow raises an error while it runs. Where nothing can be raised, with XLA, on
+    JAX and in a trace of PyTorch, all of `x` is NaN if it does not hold.
+
+    Args:
+        x: a float tensor.
+        condition: a scalar bool tensor.
+        told: a str, what the error says.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return ops.where(condition, x, ops.full((), float("nan"), x.dtype))
+    import tensorflow as tf
+
+    with tf.control_dependencies([tf.debugging.Assert(condition, [told])]):
+        return tf.where(condition, x, tf.cast(float("nan"), x.dtype))
+
+
 def least(a, b):
     """The lesser of two sizes: ints, int tensors, or what JAX exports unknown lengths as."""
     return _either(min, "minimum", "min_dim", a, b)

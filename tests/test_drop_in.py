@@ -7,7 +7,22 @@ import keras
 import numpy as np
 import pytest
 
-from sparse_attn import Causal, Full, Local, Neighborhood, Pattern, PerHead, Strided
+from sparse_attn import (
+    Axial,
+    Band,
+    BigBird,
+    Blocks,
+    Causal,
+    Full,
+    Global,
+    Grid,
+    Local,
+    Neighborhood,
+    Pattern,
+    PerHead,
+    Prefix,
+    Strided,
+)
 from sparse_attn.layers import (
     GroupedQueryAttention,
     MultiHeadAttention,
@@ -207,6 +222,86 @@ def test_equals_keras_with_several_axes():
     ours.set_weights(theirs.get_weights())
     found = ours(query, value, attention_mask=mask)
     np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=2e-5)
+
+
+GRIDS = {
+    "neighborhood": Neighborhood((8, 4), 1),
+    "axial": Axial((8, 4)),
+    "grid": Grid((4,), (Band(1, 1), Band(1, 1))),
+    "and": Causal() & Neighborhood((8, 4), 1),
+    "or": Prefix(1) | (Local(9) & Axial((8, 4))),
+    "not": ~Neighborhood((8, 4), 1),
+    "per head": PerHead([Full(), Axial((8, 4))]),
+}
+every_grid = pytest.mark.parametrize("pattern", GRIDS.values(), ids=GRIDS)
+
+
+@every_grid
+@pytest.mark.parametrize(
+    "axes", [(4, 8), (3, 8, 4), (8, 5), (2, 4, 4)], ids=["transposed", "channels", "wide", "film"]
+)
+def test_axes_that_are_not_those_of_the_grid_are_an_error(pattern, axes):
+    layer = SelfAttention(2, 4, pattern)
+    told = r"`query` must be those of the grid of .*\((8|None), 4\).*Received: query.shape="
+    with pytest.raises(ValueError, match=told):
+        layer(np.ones((1, *axes, 6), "float32"))
+    with pytest.raises(ValueError, match=told):
+        SelfAttention(2, 4, pattern)(keras.Input((*axes, 6)))
+    with pytest.raises(ValueError, match=told):
+        SelfAttention(2, 4, pattern).compute_output_shape((1, *axes, 6))
+
+
+@every_grid
+def test_axes_of_the_grid_and_flat_inputs_pass(pattern):
+    layer = SelfAttention(2, 4, pattern)
+    image = np.random.default_rng(0).normal(size=(1, 8, 4, 6)).astype("float32")
+    expected = to_numpy(layer(image.reshape(1, 32, 6)))
+    np.testing.assert_allclose(to_numpy(layer(image)).reshape(1, 32, 6), expected, atol=1e-6)
+    assert layer(image[:, :5]).shape == (1, 5, 4, 6)  # the first rows
+    assert layer(keras.Input((None, 4, 6))).shape == (None, None, 4, 6)
+    assert layer(keras.Input((None, None, 6))).shape == (None, None, None, 6)
+
+
+def test_more_rows_than_the_grid_has_are_an_error():
+    with pytest.raises(ValueError, match=r"\(8, 4\)"):
+        SelfAttention(2, 4, Neighborhood((8, 4), 1))(np.ones((1, 9, 4, 6), "float32"))
+    grid = Grid((4,), (Band(1, 1), Band(1, 1)))  # whose rows have no end
+    assert SelfAttention(2, 4, grid)(np.ones((1, 9, 4, 6), "float32")).shape == (1, 9, 4, 6)
+
+
+def test_patterns_of_one_axis_say_nothing_about_others():
+    image = np.ones((1, 8, 4, 6), "float32")
+    for pattern in (Neighborhood((32,), 2), Local(3), Blocks(4), Global((1, 2)), BigBird(32, 4)):
+        assert pattern.grid_shapes == ()
+        assert SelfAttention(2, 4, pattern)(image).shape == image.shape
+
+
+def test_axes_of_keys_are_those_of_the_grid():
+    layer = MultiHeadAttention(2, 4, pattern=Neighborhood((8, 4), 1))
+    query, value = np.ones((1, 8, 4, 6), "float32"), np.ones((1, 4, 8, 6), "float32")
+    with pytest.raises(ValueError, match="`key` must be those of the grid"):
+        layer(query, value)
+    with pytest.raises(ValueError, match="`key` must be those of the grid"):
+        layer(query.reshape(1, 32, 6), value)
+    assert layer(query[:, :1, 1:3], query, query_positions=9).shape == (1, 1, 2, 6)
+
+
+def test_axes_that_were_unknown_are_looked_at_once_they_are_there():
+    layer = SelfAttention(2, 4, Axial((8, 4)))
+    inputs = keras.Input((None, None, 6))
+    model = keras.Model(inputs, layer(inputs))
+    image = np.random.default_rng(0).normal(size=(1, 8, 4, 6)).astype("float32")
+    np.testing.assert_allclose(model.predict(image, verbose=0), to_numpy(layer(image)), atol=1e-5)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        call = tf.function(layer, input_signature=[tf.TensorSpec((1, None, None, 6))])
+        np.testing.assert_allclose(to_numpy(call(image)), to_numpy(layer(image)), atol=1e-5)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="must be those of the grid"):
+            call(np.swapaxes(image, 1, 2))
+    else:
+        with pytest.raises(ValueError, match="must be those of the grid"):
+            model.predict(np.swapaxes(image, 1, 2), verbose=0)
 
 
 # ---- Models and files of Keras -----------------------------------------------

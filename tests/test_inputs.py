@@ -1,11 +1,13 @@
 """What functions and layers take for tensors, and what they refuse, in words of their own."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from sparse_attn import Causal, Local, merge_attention, sparse_attention
+from sparse_attn import Local, merge_attention, sparse_attention
 from sparse_attn.functional import attention_weights
 from sparse_attn.layers import (
     GroupedQueryAttention,
@@ -252,5 +254,90 @@ def test_objects_and_complex_numbers_are_refused_by_name(x):
         SelfAttention(2, 4)(x)
 
 
-def test_symbols_of_causal_layers_pass():
-    assert SelfAttention(2, 4, Causal())(keras.Input((None, 6))).shape == (None, None, 6)
+# ---- Masks of numbers --------------------------------------------------------
+
+X = normal(2, 5, 6)
+ALLOWED = rng.random((2, 5, 5)) < 0.6
+MASKED = {
+    "attention_mask": (ALLOWED, lambda mask: MultiHeadAttention(2, 4)(X, X, attention_mask=mask)),
+    "grouped": (
+        ALLOWED,
+        lambda mask: GroupedQueryAttention(4, 2, 1)(X, X, attention_mask=mask),
+    ),
+    "mask": (KEPT, lambda mask: SelfAttention(2, 4)(X, mask=mask)),
+    "key_mask": (KEPT, lambda mask: SelfAttention(2, 4)(X, key_mask=mask)),
+    "query_mask": (KEPT, lambda mask: MultiHeadAttention(2, 4)(X, X, query_mask=mask)),
+    "value_mask": (KEPT, lambda mask: MultiHeadAttention(2, 4)(X, X, value_mask=mask)),
+}
+
+
+def additive(mask):
+    return np.where(mask, 0, -1e9).astype("float32")
+
+
+@pytest.mark.parametrize("kind", ["array", "list", "tensor", "ints"])
+@pytest.mark.parametrize(("mask", "call"), MASKED.values(), ids=MASKED)
+def test_an_additive_mask_is_an_error(mask, call, kind):
+    added = additive(mask)
+    given = {
+        "array": added,
+        "list": added.tolist(),
+        "tensor": ops.convert_to_tensor(added),
+        "ints": np.where(mask, 0, -10000),
+    }[kind]
+    with pytest.raises(ValueError, match=r"_?mask` must be a mask of bools or.*`bias`"):
+        call(given)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("name", ["attention_mask", "key_mask"])
+def test_masks_of_zeros_and_ones_are_those_of_bools(name, dtype):
+    layer = MultiHeadAttention(2, 4)
+    mask = {"attention_mask": ALLOWED, "key_mask": KEPT}[name]
+    expected = to_numpy(layer(X, X, **{name: mask}))
+    found = to_numpy(layer(X, X, **{name: mask.astype(dtype)}))
+    np.testing.assert_array_equal(found, expected)
+    given = keras.Input((5, 6)), keras.Input(mask.shape[1:], dtype=dtype)
+    model = keras.Model(given, layer(given[0], given[0], **{name: given[1]}))
+    found = model.predict([X, mask.astype(dtype)], verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_ints_above_one_count_as_true():
+    layer = SelfAttention(2, 4)
+    np.testing.assert_array_equal(to_numpy(layer(X, mask=7 * KEPT)), to_numpy(layer(X, mask=KEPT)))
+
+
+@pytest.mark.parametrize("xla", [False, True])
+def test_an_additive_mask_that_is_traced_is_an_error_or_nan(xla):
+    layer = MultiHeadAttention(2, 4)
+    layer.build(X.shape, X.shape)
+
+    def call(mask):
+        return layer(X, X, attention_mask=mask)
+
+    expected = to_numpy(call(ALLOWED))
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        compiled = tf.function(call, jit_compile=xla)
+        if not xla:
+            with pytest.raises(tf.errors.InvalidArgumentError, match="must be a mask of bools"):
+                compiled(additive(ALLOWED))
+            return
+    elif BACKEND == "jax":
+        import jax
+
+        compiled = jax.jit(call)
+    else:  # it is eager, or traced to be exported
+        import torch
+
+        given = (torch.tensor(additive(ALLOWED)),)
+        ones = torch.ones(2, 5, 5)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            compiled = torch.jit.trace(call, (ones,), check_trace=False)
+        assert np.isnan(to_numpy(compiled(*given))).all()
+        return
+    np.testing.assert_allclose(to_numpy(compiled(ALLOWED.astype("float32"))), expected, atol=1e-5)
+    assert np.isnan(to_numpy(compiled(additive(ALLOWED)))).all()

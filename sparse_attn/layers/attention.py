@@ -32,9 +32,11 @@ from sparse_attn.masking import zero_masked
 from sparse_attn.patterns import Causal, Full, Local, PerHead
 from sparse_attn.reshaping import rearrange
 from sparse_attn.stream import MAX_SCORE_BYTES
-from sparse_attn.tensors import to_tensor
+from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.terms import is_causal
-from sparse_attn.tracing import size_of
+from sparse_attn.tracing import require, size_of, value_of
+
+MASK = "a mask of bools or numbers"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Inputs:
         segment_ids: a pair of int tensors, or `None`.
         query_positions: as it was given.
         pattern: the pattern of this call.
+        conditions: pairs of a bool tensor, which must be True but is not known yet, and
+            of what is wrong if it is not.
     """
 
     vectors: tuple
@@ -57,6 +61,7 @@ class Inputs:
     segment_ids: object
     query_positions: object
     pattern: object
+    conditions: list
 
 
 class Attention(HasPolicies, BaseLayer):
@@ -69,6 +74,7 @@ class Attention(HasPolicies, BaseLayer):
 
     # The inputs that each mask of positions is of; it has the shape of the first.
     _sides = {"query_mask": ["query"], "value_mask": ["value"], "key_mask": ["key"]}  # noqa: RUF012
+    _key_name = "key"  # the argument that keys come in, for messages
 
     def __init__(
         self,
@@ -293,6 +299,8 @@ class Attention(HasPolicies, BaseLayer):
         features = self._features_of((*known, query.shape[-1]))
         if len(q_axes) > 1 or len(features) > 1:
             out = ops.reshape(out, (batch, *q_axes, *features))
+        for condition, told in inputs.conditions:
+            out = require(out, condition, told)
         if not return_attention_scores:
             return out
         weights = attention_weights(q, k, inputs.pattern, **options)
@@ -344,13 +352,25 @@ class Attention(HasPolicies, BaseLayer):
         for name, flag in flags.items():
             if isinstance(flag, str):  # Keras takes ints too
                 raise TypeError(received(name, "True or False", flag))
-        named = {"query": query, "value": value, "key": value if key is None else key}
+        key = value if key is None else key
+        named = {"query": query, "value": value, "key": key}
         vectors = {name: read_vectors(name, x) for name, x in named.items()}
         shapes = {name: tuple(x.shape) for name, x in vectors.items()}
         self._check_shapes(*shapes.values())
         pattern = Causal() & self.pattern if use_causal_mask else self.pattern
-        self._check_lengths(shapes["query"], shapes["key"], query_positions)
         of_query, of_key = shapes["query"], shapes["key"]
+        if query_positions is None:
+            check_axes("query", of_query, pattern)
+            self._check_lengths(of_query, of_key)
+        else:
+            self._check_lengths((None, None, None), of_key)
+        conditions = [are_flags(name, mask) for name, mask in masks.items()]
+        conditions.append(are_flags("attention_mask", attention_mask))
+        placed = {"key": self._key_name}
+        if query_positions is None and query is not key:
+            placed["query"] = "query"
+        for name, told in placed.items():
+            conditions += axes_later(told, vectors[name], pattern)
         masks = {
             name: read_mask(name, mask, of_positions(shapes[self._sides[name][0]][:-1]))
             for name, mask in masks.items()
@@ -369,6 +389,7 @@ class Attention(HasPolicies, BaseLayer):
             check_segments(segment_ids, of_query[0], n, m, symbols=True),
             query_positions,
             pattern,
+            [condition for condition in conditions if condition is not None],
         )
 
     def _joined(self, inputs, name):
@@ -427,16 +448,13 @@ class Attention(HasPolicies, BaseLayer):
                     f"Received: shape={tuple(shape)}"
                 )
 
-    def _check_lengths(self, query_shape, key_shape, query_positions=None):
-        """Refuse lengths, and axes of positions, that the pattern cannot relate."""
-        lengths = [_length(shape) for shape in (query_shape, key_shape)]
-        shapes = {"query": query_shape, "key": key_shape}
-        if query_positions is not None:  # they stand elsewhere
-            del shapes["query"]
-            lengths[0] = None
-        self.pattern.check_lengths(*lengths)
-        for name, shape in shapes.items():
-            check_axes(name, shape, self.pattern)
+    def _check_lengths(self, query_shape, key_shape):
+        """Refuse lengths, and axes of positions, that the pattern cannot relate.
+
+        The axes of queries, which may stand at `query_positions`, are looked at in a call.
+        """
+        check_axes(self._key_name, tuple(key_shape), self.pattern)
+        self.pattern.check_lengths(_length(query_shape), _length(key_shape))
 
     def compute_mask(self, query, previous_mask=None):
         return previous_mask
@@ -543,29 +561,77 @@ def read_mask(name, mask, *shapes):
     if isinstance(mask, keras.KerasTensor):
         mask = keras.KerasTensor(mask.shape, "bool")
     else:
-        mask = ops.cast(to_tensor(name, mask, "a mask of bools or numbers"), "bool")
+        mask = ops.cast(to_tensor(name, mask, MASK), "bool")
     return check_tensor(name, mask, "bool", *shapes)
+
+
+def are_flags(name, mask):
+    """Refuse numbers of a mask that are neither 0 nor 1, such as those of an additive mask.
+
+    Returns:
+        `None` once that is certain; where the numbers are not known yet, a pair of a bool
+        tensor, whether they are right, and of what is to be said if not.
+    """
+    if mask is None or isinstance(mask, keras.KerasTensor):  # it is looked at in the call
+        return None
+    array = to_array(name, mask, MASK)
+    mask = to_tensor(name, mask, MASK) if array is None else array
+    dtype = keras.backend.standardize_dtype(mask.dtype)
+    if dtype == "bool" or dtype.startswith("uint"):
+        return None
+    is_int = dtype.startswith("int")
+    flags = mask >= 0 if is_int else (mask == 0) | (mask == 1)
+    flags = ops.all(flags) if array is None else flags.all()
+    known = value_of(flags) if array is None else bool(flags)
+    if known:
+        return None
+    requirement = "ints that are not negative" if is_int else "of the numbers 0 and 1"
+    told = (
+        f"`{name}` must be a mask of bools or {requirement}, True or 1 = may be attended. "
+        "Numbers to be added to scores are the `bias` of `sparse_attention`, or a "
+        f"`score_mod`. Received: {name} with other numbers"
+    )
+    if known is None:
+        return flags, told
+    raise ValueError(told)
 
 
 def check_axes(name, shape, pattern):
     """Refuse several axes of positions that are not those of a pattern's grids."""
     axes = tuple(shape[1:-1])
-    if len(axes) < 2:
-        return
-    for grid in pattern.grid_shapes:
-        if not _is_on_grid(axes, grid):
-            raise ValueError(
-                f"The axes of positions of `{name}` must be those of the grid of {pattern!r}, "
-                f"{grid}, of which the first may be shorter. Received: {name}.shape={tuple(shape)}"
-            )
+    for grid in pattern.grid_shapes if len(axes) > 1 else ():
+        if len(axes) != len(grid) or not all(map(_fits, axes, grid, _is_first(grid))):
+            raise ValueError(f"{_off_grid(name, grid, pattern)} Received: {name}.shape={shape}")
 
 
-def _is_on_grid(axes, grid):
-    if len(axes) != len(grid):
-        return False
-    pairs = list(zip(axes, grid, strict=True))
-    fits = all(a == size for a, size in pairs[1:] if isinstance(a, int))
-    return fits and (None in pairs[0] or not isinstance(axes[0], int) or axes[0] <= grid[0])
+def axes_later(name, x, pattern):
+    """Conditions of the axes of a tensor that `check_axes` could not look at: see `Inputs`."""
+    if isinstance(x, keras.KerasTensor) or keras.backend.backend() == "torch":
+        return []  # whose axes are looked at in the call, or known
+    sizes = ops.shape(x)[1:-1]
+    return [
+        (_fits(ops.convert_to_tensor(size, "int32"), wanted, first), _off_grid(name, grid, pattern))
+        for grid in (pattern.grid_shapes if len(sizes) > 1 else ())
+        for size, wanted, first in zip(sizes, grid, _is_first(grid), strict=True)
+        if not isinstance(size, int) and wanted is not None
+    ]
+
+
+def _fits(size, wanted, is_first):
+    if wanted is None or size is None:
+        return True
+    return size <= wanted if is_first else size == wanted
+
+
+def _is_first(grid):
+    return [True] + [False] * (len(grid) - 1)
+
+
+def _off_grid(name, grid, pattern):
+    return (
+        f"The axes of positions of `{name}` must be those of the grid of {pattern!r}, {grid}, of "
+        "which the first may be shorter."
+    )
 
 
 def of_positions(shape):

@@ -52,6 +52,7 @@ class SelfAttention(MultiHeadAttention):
         "query_mask": ["query", "key"],
         "key_mask": ["key"],
     }
+    _key_name = "query"
 
     def __init__(self, num_heads, key_dim, pattern=None, causal=False, **kwargs):
         self.causal = check_bool("causal", causal)
