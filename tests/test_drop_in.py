@@ -341,6 +341,90 @@ def test_a_weights_file_of_other_sizes_gets_keras_own_message(tmp_path):
         keras_model(MultiHeadAttention).load_weights(tmp_path / "model.weights.h5")
 
 
+def transposed(weights):
+    return [weights[0].T, *weights[1:]]
+
+
+def flattened(weights):
+    return [weights[0].reshape(-1), *weights[1:]]
+
+
+def of_other_heads(weights):
+    return [weights[0].reshape(6, 4, 2), *weights[1:]]
+
+
+def heads_first(weights):
+    return [weights[0].reshape(2, 4, 6), *weights[1:]]
+
+
+def of_the_output(weights):  # whose kernel has the heads in front
+    return [*weights[:-2], weights[-2].reshape(6, 2, 4), weights[-1]]
+
+
+def of_a_bias(weights):
+    return [weights[0], weights[1].reshape(4, 2), *weights[2:]]
+
+
+@pytest.mark.parametrize("change", [transposed, flattened, of_other_heads, heads_first])
+@pytest.mark.parametrize("output", [of_the_output, of_a_bias, None])
+def test_weights_of_another_shape_are_refused(change, output):
+    for layer in (MultiHeadAttention(2, 4), SelfAttention(2, 4), GroupedQueryAttention(4, 2, 2)):
+        layer.build(*([(None, None, 6)] * (1 if isinstance(layer, SelfAttention) else 2)))
+        weights = layer.get_weights()
+        wrong = (change if output is None else output)(weights)
+        with pytest.raises(ValueError, match=r"weight '.*(kernel|bias)' must have shape \(.*Recei"):
+            layer.set_weights(wrong)
+        for found, expected in zip(layer.get_weights(), weights, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def attention_model(layer, features=8):
+    inputs = keras.Input((None, features))
+    return keras.Model(inputs, layer(inputs, inputs))
+
+
+FILES = {
+    "keras, other heads": (keras.layers.MultiHeadAttention, (4, 2), (2, 4), 8),
+    "own, other heads": (MultiHeadAttention, (4, 2), (2, 4), 8),
+    "own, other features": (MultiHeadAttention, (2, 8), (2, 4), 16),
+    "own, other heads of keys": (GroupedQueryAttention, (2, 4, 4), (4, 4, 2), 8),
+}
+
+
+@pytest.mark.parametrize("suffix", ["weights.h5", "keras"])
+@pytest.mark.parametrize(("kind", "saved", "wanted", "features"), FILES.values(), ids=FILES)
+def test_a_file_of_another_shape_is_refused(kind, saved, wanted, features, suffix, tmp_path):
+    options, path = {"use_bias": False, "name": "attention"}, tmp_path / f"model.{suffix}"
+    ours = GroupedQueryAttention if kind is GroupedQueryAttention else MultiHeadAttention
+    written = attention_model(kind(*saved, **options))
+    model = attention_model(ours(*wanted, **options), features)
+    written.save_weights(path) if suffix == "weights.h5" else written.save(path)
+    with pytest.raises(ValueError, match=r"must have shape \(.*Received: shape="):
+        model.load_weights(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"output_shape": (3, 2), "use_gate": True}])
+def test_a_file_of_ours_is_one_of_keras(options, tmp_path):
+    options = {**options, "name": "attention"}
+    ours = attention_model(MultiHeadAttention(2, 4, **options))
+    theirs = attention_model(keras.layers.MultiHeadAttention(2, 4, **options))
+    ours.save_weights(tmp_path / "model.weights.h5")
+    theirs.load_weights(tmp_path / "model.weights.h5")
+    x = inputs(5, 8)
+    np.testing.assert_allclose(to_numpy(theirs(x)), to_numpy(ours(x)), atol=1e-5)
+
+
+def test_a_file_of_flat_kernels_loads(tmp_path):
+    """As an earlier version wrote them: those of a Dense layer."""
+    ours, plain = MultiHeadAttention(2, 4), keras.layers.Dense(8)
+    ours.build((None, None, 8), (None, None, 8))
+    plain.build((None, 8))
+    store = {}
+    plain.save_own_variables(store)
+    ours.query_dense.load_own_variables({name: to_numpy(x) for name, x in store.items()})
+    np.testing.assert_array_equal(to_numpy(ours.query_dense.kernel), to_numpy(plain.kernel))
+
+
 def test_cloning_turns_the_layers_of_a_model_into_ours():
     theirs = keras_model()
 

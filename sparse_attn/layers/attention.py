@@ -26,7 +26,7 @@ from sparse_attn.layers.arguments import (
     save_score_mod,
 )
 from sparse_attn.layers.base import BaseLayer
-from sparse_attn.layers.projection import Projection, as_shaped
+from sparse_attn.layers.projection import Projection, as_own
 from sparse_attn.layers.saving import HasPolicies, save_pattern, save_shared
 from sparse_attn.masking import zero_masked
 from sparse_attn.patterns import Causal, Full, Local, PerHead
@@ -179,15 +179,20 @@ class Attention(HasPolicies, BaseLayer):
         self._check_lengths(query_shape, key_shape)
         shapes = {"query": query_shape, "value": value_shape, "key": key_shape}
         self._widths = {name: shape[-1] for name, shape in shapes.items()}
-        value_width = self._num_heads * self._value_dim
-        features = math.prod(self._features_of(query_shape))
-        self._query_dense = self._dense(self._num_heads * self._key_dim, "query", query_shape)
-        self._key_dense = self._dense(self._key_heads * self._key_dim, "key", key_shape)
+        of_queries, of_keys = (
+            (heads, self._key_dim) for heads in (self._num_heads, self._key_heads)
+        )
+        inner, of_values = (
+            (heads, self._value_dim) for heads in (self._num_heads, self._key_heads)
+        )
+        self._query_dense = self._dense("query", query_shape, None, of_queries)
+        self._key_dense = self._dense("key", key_shape, None, of_keys)
         if self.use_gate:
-            self._gate_dense = self._dense(value_width, "gate", query_shape, activation="sigmoid")
-        self._value_dense = self._dense(self._key_heads * self._value_dim, "value", value_shape)
-        inner_shape = (*query_shape[:-1], value_width)
-        self._output_dense = self._dense(features, "attention_output", inner_shape)
+            self._gate_dense = self._dense("gate", query_shape, None, inner, activation="sigmoid")
+        self._value_dense = self._dense("value", value_shape, None, of_values)
+        inner_shape = (*query_shape[:-1], math.prod(inner))
+        features = self._features_of(query_shape)
+        self._output_dense = self._dense("attention_output", inner_shape, inner, features)
         if self.dropout:  # a layer for the sake of its generator, as in Keras' own layers
             self._dropout_layer = keras.layers.Dropout(self.dropout, seed=self.seed)
         for mod in _as_list(self.score_mod):
@@ -197,9 +202,11 @@ class Attention(HasPolicies, BaseLayer):
         if rotary is not None and not rotary.built:
             rotary.build((*query_shape[:1], None, self._num_heads, self._key_dim))
 
-    def _dense(self, units, name, shape, activation=None):
+    def _dense(self, name, shape, in_axes, out_axes, activation=None):
+        """A sublayer; its axes are those of `Projection`."""
         layer = Projection(
-            units,
+            in_axes,
+            out_axes,
             activation=activation,
             use_bias=self.use_bias,
             # A fresh initializer each: one instance would give equal weights.
@@ -216,11 +223,21 @@ class Attention(HasPolicies, BaseLayer):
         layer.build(shape)
         return layer
 
+    @property
+    def _projections(self):
+        own = [self._query_dense, self._key_dense, self._value_dense, self._output_dense]
+        return [*own, self._gate_dense] if self.use_gate else own
+
     def set_weights(self, weights):
         """Set the weights from arrays, which may have the shapes of Keras' attention layers."""
         own = self.weights
+        plain = [x for x in self._projections if x.quantization_mode is None] if self.built else []
+        shapes = {id(variable): shape for x in plain for variable, shape in x.shapes}
         if len(weights) == len(own):
-            weights = [as_shaped(x, y.shape) for x, y in zip(weights, own, strict=True)]
+            weights = [
+                as_own(x, y, shapes[id(y)]) if id(y) in shapes else x
+                for x, y in zip(weights, own, strict=True)
+            ]
         super().set_weights(weights)
 
     def call(
@@ -528,9 +545,7 @@ class Attention(HasPolicies, BaseLayer):
         }
         if not self.built:
             return self.with_policies(config)
-        own = [self._query_dense, self._key_dense, self._value_dense, self._output_dense]
-        own += [self._gate_dense] if self.use_gate else []
-        return self.with_policies(config, *own)
+        return self.with_policies(config, *self._projections)
 
 
 def _by_heads(x, like, heads):
