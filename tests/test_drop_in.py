@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -459,10 +461,71 @@ class Unregistered(Pattern):
 
 def test_a_file_with_an_unknown_pattern_names_what_to_import(tmp_path, monkeypatch):
     model = keras_model(MultiHeadAttention, pattern=Unregistered())
-    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="'Unregistered', a class that is not registered"):
+        model.save(tmp_path / "model.keras")
     monkeypatch.delattr("tests.test_drop_in.Unregistered")
     with pytest.raises((TypeError, ValueError), match=r"(?s)Unregistered.*import"):
         keras.models.load_model(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("pattern", [Unregistered(), Causal() & ~Unregistered()], ids=repr)
+def test_saving_a_pattern_that_is_not_registered_warns(pattern):
+    for layer in (SelfAttention(2, 4, pattern), MultiHeadAttention(2, 4, pattern=pattern)):
+        with pytest.warns(UserWarning, match=r"'Unregistered', a class.*register_keras_serializ"):
+            layer.get_config()
+        with pytest.warns(UserWarning, match="is not registered"):
+            keras.saving.serialize_keras_object(layer)
+    SelfAttention(2, 4, Causal() & Near(3)).get_config()  # that one is
+
+
+WRITTEN = """
+import sys, warnings
+import keras, numpy as np
+from sparse_attn import Causal, Pattern
+from sparse_attn.layers import SelfAttention
+
+class Back(Pattern):
+    def __call__(self, q_pos, k_pos):
+        return q_pos - k_pos < 3
+
+warnings.simplefilter("ignore")
+x = keras.Input((5, 6))
+model = keras.Model(x, SelfAttention(2, 4, Causal() & Back())(x))
+model.save(sys.argv[1] + "/model.keras")
+np.save(sys.argv[1] + "/out.npy", model.predict(np.ones((1, 5, 6)), verbose=0))
+"""
+LOADED = """
+import sys
+import keras, numpy as np
+from sparse_attn import Pattern
+
+def load(**options):
+    return keras.models.load_model(sys.argv[1] + "/model.keras", **options)
+
+def check(model):
+    found = model.predict(np.ones((1, 5, 6)), verbose=0)
+    np.testing.assert_allclose(found, np.load(sys.argv[1] + "/out.npy"), atol=1e-6)
+
+class Back(Pattern):
+    def __call__(self, q_pos, k_pos):
+        return q_pos - k_pos < 3
+
+try:
+    load()
+except (TypeError, ValueError) as error:
+    told = str(error)
+assert "'Back'" in told and "register_keras_serializable" in told, told
+check(load(custom_objects={"Back": Back}))
+keras.saving.register_keras_serializable()(Back)
+check(load())
+"""
+
+
+def test_the_advice_on_loading_works_in_a_fresh_process(tmp_path):
+    for code in (WRITTEN, LOADED):
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        assert run.returncode == 0, run.stderr
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -896,7 +959,7 @@ def test_grouped_query_attention_knows_its_own_arguments_alone(name):
 def test_a_file_with_an_unknown_pattern_names_the_missing_import():
     config = SelfAttention(2, 4, Causal() & Near(3)).get_config()
     text = json.dumps(config).replace("tests>Near", "tests>Far")
-    with pytest.raises(ValueError, match=r"'tests>Far'. Before you load, import 'tests.cases'"):
+    with pytest.raises(ValueError, match=r"'tests>Far', .*'tests.cases'. Before you load, import"):
         SelfAttention.from_config(json.loads(text))
     again = SelfAttention.from_config(json.loads(json.dumps(config)))
     assert again.pattern == Causal() & Near(3)
