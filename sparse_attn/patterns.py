@@ -293,7 +293,7 @@ class Pattern(metaclass=_Frozen):
 
     def _answer(self, q_pos, k_pos):
         """The predicate at `(n,)` by `(m,)` positions, checked: an `(n, m)` bool array."""
-        answer = np.asarray(self(q_pos[:, None], k_pos[None, :]))
+        answer = np.asarray(ask(self, q_pos[:, None], k_pos[None, :]))
         shape = (len(q_pos), len(k_pos))
         if answer.dtype != bool:
             raise TypeError(f"{self!r} must answer with bools. Received: dtype={answer.dtype}")
@@ -462,6 +462,32 @@ class Ranges:
         x = positions if self.period is None else positions % self.period
         tests = [(x >= a) & (x < b) if b - a > 1 else x == a for a, b in self.ranges]
         return functools.reduce(operator.or_, tests, x != x)
+
+
+def ask(pattern, q_pos, k_pos):
+    """`pattern(q_pos, k_pos)`; an error of a predicate that cannot be traced names the pattern.
+
+    Raises:
+        TypeError, ValueError: from the framework's error.
+    """
+    try:
+        return pattern(q_pos, k_pos)
+    except (ArithmeticError, AttributeError, IndexError, NotImplementedError) as error:
+        raise TypeError(_no_predicate(pattern, error)) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "oolean value" not in str(error):
+            raise  # memory, a device
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(_no_predicate(pattern, error)) from error
+
+
+def _no_predicate(pattern, error):
+    return (
+        f"{pattern!r} could not be evaluated on positions that are arrays or tensors. A predicate "
+        "may use operators (+ - * // % == != < <= & | ~), `keras.ops` and `look_up`; no functions "
+        "of numpy, and no `and`, `or`, `not`, `if` or `in`, which ask for values that a tensor "
+        f"does not have while it is traced. The error was: {type(error).__name__}: {error}"
+    )
 
 
 def check_pattern(name, value):

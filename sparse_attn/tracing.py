@@ -279,6 +279,26 @@ def require(x, condition, told):
         return tf.where(condition, x, tf.cast(float("nan"), x.dtype))
 
 
+def trace_pairs(function, n, m):
+    """Call `function(q_pos, k_pos)` as it would be traced; PyTorch, which need not trace, runs it.
+
+    Args:
+        function: from int32 tensors `(n, 1)` and `(1, m)` to a tensor.
+        n, m: ints; TensorFlow does not see them.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        specs = [tf.TensorSpec(shape, "int32") for shape in ((None, 1), (1, None))]
+        tf.function(function, autograph=False).get_concrete_function(*specs)
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        jax.eval_shape(function, *(jax.ShapeDtypeStruct(x, "int32") for x in ((n, 1), (1, m))))
+    else:
+        function(ops.arange(n, dtype="int32")[:, None], ops.arange(m, dtype="int32")[None])
+
+
 def least(a, b):
     """The lesser of two sizes: ints, int tensors, or what JAX exports unknown lengths as."""
     return _either(min, "minimum", "min_dim", a, b)

@@ -39,7 +39,7 @@ ALLOWED = {
     "show": {"argparse", "os", "pathlib", "sys", "parse_pattern", "patterns", "plan"},
     "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks", "tracing"},
     "tiles": {"functools", "math", "dataclasses", "reshaping", "keras", "bounds", "checks"}
-    | {"masking", "patterns", "plan", "scores", "stream", "terms"},
+    | {"masking", "patterns", "plan", "scores", "stream", "terms", "tracing"},
     "functional": {"itertools", "dataclasses", "keras", "numpy", "einops", "attend", "bounds"}
     | {"checks", "chosen", "masking", "patterns", "plan", "reshaping", "scores", "stream"}
     | {"tensors", "tiles", "tracing"},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from sparse_attn import Local, merge_attention, sparse_attention
+from sparse_attn import Causal, Local, Pattern, PerHead, merge_attention, sparse_attention
 from sparse_attn.functional import attention_weights
 from sparse_attn.layers import (
     GroupedQueryAttention,
@@ -341,3 +341,70 @@ def test_an_additive_mask_that_is_traced_is_an_error_or_nan(xla):
         return
     np.testing.assert_allclose(to_numpy(compiled(ALLOWED.astype("float32"))), expected, atol=1e-5)
     assert np.isnan(to_numpy(compiled(additive(ALLOWED)))).all()
+
+
+# ---- Predicates that no tensor can go through ---------------------------------
+
+
+class OfNumpy(Pattern):
+    def __call__(self, q_pos, k_pos):
+        return np.abs(q_pos - k_pos) < 3
+
+
+class WithAnd(Pattern):
+    def __call__(self, q_pos, k_pos):
+        return (k_pos <= q_pos) and (q_pos - k_pos < 3)
+
+
+class WithIf(Pattern):
+    def __call__(self, q_pos, k_pos):
+        return k_pos <= q_pos if (q_pos > 0).any() else k_pos == q_pos
+
+
+NO_PREDICATES = [WithAnd(), Causal() & WithAnd(), PerHead([Causal(), WithAnd()])]
+if BACKEND != "torch":  # where these run, as nothing is traced
+    NO_PREDICATES += [OfNumpy(), Causal() & ~OfNumpy(), WithIf()]
+
+
+@pytest.mark.parametrize("length", [7, None])
+@pytest.mark.parametrize("pattern", NO_PREDICATES, ids=repr)
+def test_a_predicate_that_cannot_be_traced_is_named_at_the_symbolic_call(pattern, length):
+    with pytest.raises((TypeError, ValueError), match=r"(OfNumpy|WithAnd|WithIf)\(\).*may use"):
+        SelfAttention(2, 4, pattern)(keras.Input((length, 6)))
+
+
+@pytest.mark.parametrize("pattern", NO_PREDICATES, ids=repr)
+def test_a_predicate_that_cannot_be_traced_is_named_in_a_subclassed_model(pattern):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.attention = SelfAttention(2, 4, pattern)
+
+        def call(self, x):
+            return self.attention(x)
+
+    with pytest.raises((TypeError, ValueError), match=r"(OfNumpy|WithAnd|WithIf)\(\).*may use"):
+        Model().predict(X, verbose=0)
+
+
+def test_an_error_of_a_predicate_has_its_cause():
+    x = normal(1, 5, 2, 4)
+    for call in (lambda: WithAnd().mask(5), lambda: sparse_attention(x, x, x, WithAnd())):
+        with pytest.raises((TypeError, ValueError), match=r"WithAnd\(\).*`and`") as raised:
+            call()
+        assert raised.value.__cause__ is not None
+
+
+def test_an_own_pattern_is_traced_once():
+    calls = []
+
+    class Counted(Pattern):
+        def __call__(self, q_pos, k_pos):
+            calls.append(1)
+            return k_pos <= q_pos
+
+    layer = SelfAttention(2, 4, Counted())
+    layer(keras.Input((None, 6)))
+    first = len(calls)
+    layer(keras.Input((None, 6)))
+    assert 0 < first == len(calls)

@@ -27,13 +27,14 @@ from sparse_attn.layers.arguments import (
 )
 from sparse_attn.layers.base import BaseLayer
 from sparse_attn.layers.projection import Projection, as_own
-from sparse_attn.layers.saving import HasPolicies, save_pattern, save_shared
+from sparse_attn.layers.saving import HasPolicies, classes_of, save_pattern, save_shared
 from sparse_attn.masking import zero_masked
 from sparse_attn.patterns import Causal, Full, Local, PerHead
 from sparse_attn.reshaping import rearrange
 from sparse_attn.stream import MAX_SCORE_BYTES
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.terms import is_causal
+from sparse_attn.tiles import trace_predicate
 from sparse_attn.tracing import require, size_of, value_of
 
 MASK = "a mask of bools or numbers"
@@ -107,6 +108,7 @@ class Attention(HasPolicies, BaseLayer):
         super().__init__(**kwargs)
         self.supports_masking = True
         self._warned = set()  # of what, once each
+        self._has_traced = False  # the pattern's predicate
         self._widths = {}  # the features of each input, once they are known
         self._num_heads, self._key_heads = num_heads, key_heads
         self._key_dim, self._value_dim = key_dim, value_dim
@@ -511,6 +513,7 @@ class Attention(HasPolicies, BaseLayer):
     def _spec(self, vectors, masks, *, return_attention_scores, **others):
         """What `compute_output_spec` does; see `_attend`."""
         inputs = self._read(vectors, masks, return_attention_scores, **others)
+        self._trace_predicates()
         query, _, key = inputs.vectors
         shape = (*query.shape[:-1], *self._features_of(query.shape))
         out = keras.KerasTensor(shape, dtype=self.compute_dtype)
@@ -518,6 +521,14 @@ class Attention(HasPolicies, BaseLayer):
             return out
         pairs = (query.shape[0], self._num_heads, *query.shape[1:-1], *key.shape[1:-1])
         return out, keras.KerasTensor(pairs, dtype=self.compute_dtype)
+
+    def _trace_predicates(self):
+        """Try predicates of a user's own, once, rather than fail when the model is run."""
+        patterns = [] if self._has_traced else getattr(self.pattern, "patterns", [self.pattern])
+        for pattern in patterns:
+            if any(not kind.__module__.startswith("sparse_attn.") for kind in classes_of(pattern)):
+                trace_predicate(pattern)
+        self._has_traced = True
 
     def get_config(self):
         output_shape = self._output_features

@@ -65,7 +65,7 @@ def save_pattern(pattern):
     A class that is not registered is saved all the same, with a warning.
     """
     own = {}
-    for kind in _classes(pattern):
+    for kind in classes_of(pattern):
         name = keras.saving.get_registered_name(kind)
         if not name.startswith("sparse_attn>"):
             own[name] = kind.__module__
@@ -110,7 +110,7 @@ def _registered_since(own):
     return found
 
 
-def _classes(pattern):
+def classes_of(pattern):
     """The classes of a pattern and of all patterns in it."""
     found, left = set(), [pattern]
     while left:
