@@ -50,7 +50,7 @@ def to_tensor(name, x, requirement=NUMBERS):
 def check_dense(name, x, requirement=NUMBERS):
     """Raise `TypeError` if a tensor or symbol is not dense, or holds no real numbers."""
     if isinstance(x, keras.KerasTensor):
-        dense = not (x.sparse or x.ragged)
+        dense = not x.ragged  # products by a number call themselves sparse
     else:
         dense = not ops.is_tensor(x) or is_dense(x)
     if not dense:

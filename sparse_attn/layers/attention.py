@@ -26,6 +26,7 @@ from sparse_attn.layers.arguments import (
     save_score_mod,
 )
 from sparse_attn.layers.base import BaseLayer
+from sparse_attn.layers.dropped_masks import dropped_by, mask_of, message
 from sparse_attn.layers.projection import Projection, as_own
 from sparse_attn.layers.saving import HasPolicies, classes_of, save_pattern, save_shared
 from sparse_attn.masking import zero_masked
@@ -514,6 +515,7 @@ class Attention(HasPolicies, BaseLayer):
         """What `compute_output_spec` does; see `_attend`."""
         inputs = self._read(vectors, masks, return_attention_scores, **others)
         self._trace_predicates()
+        self._warn_of_dropped_masks(inputs)
         query, _, key = inputs.vectors
         shape = (*query.shape[:-1], *self._features_of(query.shape))
         out = keras.KerasTensor(shape, dtype=self.compute_dtype)
@@ -521,6 +523,27 @@ class Attention(HasPolicies, BaseLayer):
             return out
         pairs = (query.shape[0], self._num_heads, *query.shape[1:-1], *key.shape[1:-1])
         return out, keras.KerasTensor(pairs, dtype=self.compute_dtype)
+
+    def _warn_of_dropped_masks(self, inputs):
+        """Warn, once, if an ancestor of an input had a mask that did not arrive.
+
+        A mask of keys or of pairs that was given by name settles it for all inputs.
+        """
+        vectors = dict(zip(("query", "value", "key"), inputs.vectors, strict=True))
+        masked = [self._sides[name] for name, mask in inputs.masks.items() if mask is not None]
+        by_name = [names for names in masked if mask_of(vectors[names[0]]) is None]
+        settled = inputs.attention_mask is not None or any(x != ["query"] for x in by_name)
+        if settled or "dropped mask" in self._warned:
+            return
+        masked = {name for names in masked for name in names}
+        if masked & {"value", "key"}:  # their masks are joined
+            masked |= {"value", "key"}
+        for name, x in vectors.items():
+            operation = None if name in masked else dropped_by(x)
+            if operation is not None:
+                self._warned.add("dropped mask")
+                warnings.warn(message(self, name, operation), stacklevel=2)
+                return
 
     def _trace_predicates(self):
         """Try predicates of a user's own, once, rather than fail when the model is run."""
