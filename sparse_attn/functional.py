@@ -153,7 +153,7 @@ def sparse_attention(
     q_pos = None
     if query_positions is not None:
         limit = pattern.max_length
-        q_pos = _check_positions(query_positions, query.shape[1], size_of(query, 1), limit)
+        q_pos = check_positions(query_positions, query.shape[1], size_of(query, 1), limit)
     # Padding may hold anything: 0 * NaN would reach valid outputs and gradients.
     query = zero_masked(query, query_mask)
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
@@ -347,6 +347,7 @@ def attention_weights(
     attention_mask=None,
     score_mod=None,
     scale=None,
+    query_positions=None,
 ):
     """The softmax weights themselves, `(b, h, n, m)`: to look at, since they are n * m.
 
@@ -355,15 +356,20 @@ def attention_weights(
     query, key, _ = _check_tensors(query, key, key)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, None)
     query_mask, key_mask, attention_mask, _ = masks
-    lengths = (known_size(x.shape[1]) for x in (query, key))
-    check_pattern("pattern", pattern).check_lengths(*lengths)
+    check_pattern("pattern", pattern)
+    q_pos, lengths = None, [known_size(x.shape[1]) for x in (query, key)]
+    if query_positions is not None:
+        limit, lengths[0] = pattern.max_length, None
+        q_pos = check_positions(query_positions, query.shape[1], size_of(query, 1), limit)
+    pattern.check_lengths(*lengths)
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
     query = query * _scale(query, scale)
     heads = query.shape[2]
     given = Given(
         tuple(range(heads)),
         heads // key.shape[2],
-        key_mask=key_mask,
+        q_pos,
+        key_mask,
         segment_ids=check_segments(segment_ids, *query.shape[:2], key.shape[1]),
         attention_mask=attention_mask,
         mods=read_mods(score_mod, heads),
@@ -375,7 +381,7 @@ def attention_weights(
     ):
         found.append(_dense_weights(q, k, share, each))
     weights = bring_together(found, [numbers for _, numbers, _ in groups], axis=1)
-    weights = _refuse_longer(weights, pattern, query, key)
+    weights = _refuse_longer(weights, pattern, query, key, q_pos)
     return rearrange(
         zero_masked(rearrange(weights, "b h i j -> b i h j"), query_mask), "b i h j -> b h i j"
     )
@@ -521,7 +527,14 @@ def _at_all_pairs(x, query, key):
     return ops.broadcast_to(x, wanted)
 
 
-def _check_positions(positions, known_n, n, limit):
+def check_positions(positions, known_n, n, limit):
+    """The positions of queries as an `(n,)` int32 tensor.
+
+    Args:
+        positions: the argument `query_positions`.
+        known_n, n: the number of queries: an int or `None`, and an int or an int tensor.
+        limit: an int that they are less than, or `None`.
+    """
     limit = 2**31 if limit is None else limit
     bound = "2**31" if limit == 2**31 else limit
     requirement = "an int or an array of ints"

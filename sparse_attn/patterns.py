@@ -85,6 +85,16 @@ class Pattern(metaclass=_Frozen):
         """
         return None
 
+    @property
+    def grid_shapes(self):
+        """The shapes of the grids that positions are read from row by row: a tuple of tuples.
+
+        An input of a layer with several axes of positions, such as an image,
+        must have these axes; the first may be shorter, and is `None` where it may
+        be any. None for most patterns; combinations tell those of all their parts.
+        """
+        return ()
+
     def check_lengths(self, n, m):
         """Raise `ValueError` if `n` queries and `m` keys cannot be related.
 
@@ -297,7 +307,7 @@ class Pattern(metaclass=_Frozen):
 
     def _answer(self, q_pos, k_pos):
         """The predicate at `(n,)` by `(m,)` positions, checked: an `(n, m)` bool array."""
-        answer = np.asarray(self(q_pos[:, None], k_pos[None, :]))
+        answer = np.asarray(ask(self, q_pos[:, None], k_pos[None, :]))
         shape = (len(q_pos), len(k_pos))
         if answer.dtype != bool:
             raise TypeError(f"{self!r} must answer with bools. Received: dtype={answer.dtype}")
@@ -476,6 +486,32 @@ def check_shades(shades):
         raise TypeError(received("shades", requirement, shades))
     if len(shades) < 2 or not shades.isprintable():
         raise ValueError(received("shades", requirement, shades))
+
+
+def ask(pattern, q_pos, k_pos):
+    """`pattern(q_pos, k_pos)`; an error of a predicate that cannot be traced names the pattern.
+
+    Raises:
+        TypeError, ValueError: from the framework's error.
+    """
+    try:
+        return pattern(q_pos, k_pos)
+    except (ArithmeticError, AttributeError, IndexError, NotImplementedError) as error:
+        raise TypeError(_no_predicate(pattern, error)) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "oolean value" not in str(error):
+            raise  # memory, a device
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(_no_predicate(pattern, error)) from error
+
+
+def _no_predicate(pattern, error):
+    return (
+        f"{pattern!r} could not be evaluated on positions that are arrays or tensors. A predicate "
+        "may use operators (+ - * // % == != < <= & | ~), `keras.ops` and `look_up`; no functions "
+        "of numpy, and no `and`, `or`, `not`, `if` or `in`, which ask for values that a tensor "
+        f"does not have while it is traced. The error was: {type(error).__name__}: {error}"
+    )
 
 
 def check_pattern(name, value):
@@ -988,6 +1024,10 @@ class Grid(Pattern):
                 answers.append(band(self.along(axis, q_pos), self.along(axis, k_pos)))
         return functools.reduce(operator.and_, answers or [q_pos == q_pos])
 
+    @property
+    def grid_shapes(self):
+        return ((None, *self.sizes),) if self.sizes else ()
+
     def along(self, axis, positions):
         """The coordinates of positions along an axis."""
         behind = within_int32(math.prod(self.sizes[axis:]))
@@ -1041,6 +1081,10 @@ class Neighborhood(Pattern):
     def max_length(self):
         return math.prod(self.shape)
 
+    @property
+    def grid_shapes(self):
+        return (self.shape,) if len(self.shape) > 1 else ()
+
     def __call__(self, q_pos, k_pos):
         return self.grid(q_pos, k_pos)
 
@@ -1080,6 +1124,10 @@ class Axial(Pattern):
     def max_length(self):
         return math.prod(self.shape)
 
+    @property
+    def grid_shapes(self):
+        return (self.shape,)
+
     def __call__(self, q_pos, k_pos):
         return functools.reduce(operator.or_, (grid(q_pos, k_pos) for grid in self.grids))
 
@@ -1105,6 +1153,10 @@ class And(Pattern):
     @property
     def max_length(self):
         return _shortest(self.first, self.second)
+
+    @property
+    def grid_shapes(self):
+        return (*self.first.grid_shapes, *self.second.grid_shapes)
 
     def check_lengths(self, n, m):
         for part in (self.first, self.second):
@@ -1134,6 +1186,10 @@ class Or(Pattern):
     def max_length(self):
         return _shortest(self.first, self.second)
 
+    @property
+    def grid_shapes(self):
+        return (*self.first.grid_shapes, *self.second.grid_shapes)
+
     def check_lengths(self, n, m):
         for part in (self.first, self.second):
             part.check_lengths(n, m)
@@ -1161,6 +1217,10 @@ class Not(Pattern):
     @property
     def max_length(self):
         return self.pattern.max_length
+
+    @property
+    def grid_shapes(self):
+        return self.pattern.grid_shapes
 
     def check_lengths(self, n, m):
         self.pattern.check_lengths(n, m)
@@ -1223,6 +1283,10 @@ class PerHead(Pattern):
     @property
     def max_length(self):
         return _shortest(*self.patterns)
+
+    @property
+    def grid_shapes(self):
+        return tuple(shape for pattern in self.patterns for shape in pattern.grid_shapes)
 
     def check_lengths(self, n, m):
         for pattern in self.patterns:

@@ -183,6 +183,30 @@ def unlinked(tensor):
     return tensor.detach() if keras.backend.backend() == "torch" else tensor
 
 
+def read_variable(variable):
+    """The value of a variable, as a tensor that gradients by the variable are linked to."""
+    if keras.backend.backend() != "tensorflow":
+        return variable.value
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(variable)
+
+
+def is_dense(tensor):
+    """Whether a tensor has a place for each number: it is neither ragged, sparse nor nested."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return not isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return isinstance(tensor, jax.Array)
+    import torch
+
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 def size_of(x, axis):
     """The size of a tensor along an axis, an int if it is known.
 
@@ -367,6 +391,45 @@ def refuse_longer(x, sizes, limit, told):
     longest = tf.reduce_max([tf.cast(size, "int32") for size in sizes])
     with tf.control_dependencies([tf.debugging.assert_less_equal(longest, limit, told)]):
         return tf.where(longest <= limit, x, tf.cast(float("nan"), x.dtype))
+
+
+def require(x, condition, told):
+    """`x`, once it is certain that a condition holds.
+
+    TensorFlow raises an error while it runs. Where nothing can be raised, with XLA, on
+    JAX and in a trace of PyTorch, all of `x` is NaN if it does not hold.
+
+    Args:
+        x: a float tensor.
+        condition: a scalar bool tensor.
+        told: a str, what the error says.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return ops.where(condition, x, ops.full((), float("nan"), x.dtype))
+    import tensorflow as tf
+
+    with tf.control_dependencies([tf.debugging.Assert(condition, [told])]):
+        return tf.where(condition, x, tf.cast(float("nan"), x.dtype))
+
+
+def trace_pairs(function, n, m):
+    """Call `function(q_pos, k_pos)` as it would be traced; PyTorch, which need not trace, runs it.
+
+    Args:
+        function: from int32 tensors `(n, 1)` and `(1, m)` to a tensor.
+        n, m: ints; TensorFlow does not see them.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        specs = [tf.TensorSpec(shape, "int32") for shape in ((None, 1), (1, None))]
+        tf.function(function, autograph=False).get_concrete_function(*specs)
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        jax.eval_shape(function, *(jax.ShapeDtypeStruct(x, "int32") for x in ((n, 1), (1, m))))
+    else:
+        function(ops.arange(n, dtype="int32")[:, None], ops.arange(m, dtype="int32")[None])
 
 
 def least(a, b):

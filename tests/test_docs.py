@@ -31,7 +31,7 @@ PUBLIC = [
     *[f"sparse_attn.costs.{name}" for name in ("Cost", "ReceptiveField")],
 ]
 LOOKED_AT = ["mask", "text", "svg", "plot", "cost", "receptive_field"]
-OVERRIDDEN = ["max_length", "check_lengths", "rows_apart"]
+OVERRIDDEN = ["max_length", "grid_shapes", "check_lengths", "rows_apart"]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
