@@ -284,6 +284,8 @@ class Attention(HasPolicies, BaseLayer):
         known = query.shape[:-1]
         query_mask = self._joined(inputs, "query")
         key_mask = both(self._joined(inputs, "value"), self._joined(inputs, "key"))
+        if not (query_mask is None or key_mask is None) and _is_one(masks.values()):
+            key_mask = query_mask  # each valid key has a valid query: that of its own position
         query, key, value = (rearrange(x, "b ... d -> b (...) d") for x in (query, key, value))
         q_pos = inputs.query_positions
         if q_pos is not None:
@@ -700,6 +702,11 @@ def both(first, second):
     if first is None or second is None or first is second:
         return second if first is None else first
     return first & second
+
+
+def _is_one(masks):
+    """Whether all masks that there are, are one and the same."""
+    return len({id(mask) for mask in masks if mask is not None}) == 1
 
 
 def _length(shape):
