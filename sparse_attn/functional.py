@@ -82,7 +82,8 @@ def sparse_attention(
         query_mask: `(b, n)` bools, True = valid. An invalid query gets `out` 0
             and `lse` `-inf`, and what it holds does not matter.
         key_mask: `(b, m)` bools, True = valid. What an invalid key or its
-            value holds does not matter, be it NaN.
+            value holds does not matter, be it NaN; neither does what a key holds
+            that no valid query may attend to.
         segment_ids: `(b, n)` ints, where `m == n`; or a pair of them, `(b, n)`
             for the queries and `(b, m)` for the keys. Only what has the same
             number may attend: for several documents in one sequence. Positions
@@ -97,7 +98,9 @@ def sparse_attention(
             `(scores, q_pos, k_pos, head) -> scores`; or a list of these, which
             are applied in turn, before `bias`. All four are tensors that
             broadcast with one another, the last three int32. A function must
-            treat each score by itself; it may use other tensors, and is
+            treat each score by itself, and may be undefined at pairs that are not
+            allowed: there it gets the positions of an allowed pair. What it forbids
+            by `-inf` stays forbidden. It may use other tensors, and is
             differentiated by the framework, so that its scores are kept for
             the backward pass whatever `max_score_bytes` says.
         scale: a number, `d ** -0.5` by default.
