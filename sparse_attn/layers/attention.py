@@ -36,7 +36,7 @@ from sparse_attn.stream import MAX_SCORE_BYTES
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.terms import is_causal
 from sparse_attn.tiles import trace_predicate
-from sparse_attn.tracing import require, size_of, value_of
+from sparse_attn.tracing import all_of, require, size_of, value_of
 
 MASK = "a mask of bools or numbers"
 
@@ -630,7 +630,7 @@ def are_flags(name, mask):
         return None
     is_int = dtype.startswith("int")
     flags = mask >= 0 if is_int else (mask == 0) | (mask == 1)
-    flags = ops.all(flags) if array is None else flags.all()
+    flags = all_of(flags) if array is None else flags.all()
     known = value_of(flags) if array is None else bool(flags)
     if known:
         return None
