@@ -213,8 +213,8 @@ class Attention(HasPolicies, BaseLayer):
             activation=activation,
             use_bias=self.use_bias,
             # A fresh initializer each: one instance would give equal weights.
-            kernel_initializer=_copy(self.kernel_initializer),
-            bias_initializer=_copy(self.bias_initializer),
+            kernel_initializer=copy_initializer(self.kernel_initializer),
+            bias_initializer=copy_initializer(self.bias_initializer),
             kernel_regularizer=self.kernel_regularizer,
             bias_regularizer=self.bias_regularizer,
             activity_regularizer=self.sublayer_activity_regularizer,
@@ -614,6 +614,16 @@ def read_mask(name, mask, *shapes):
     return check_tensor(name, mask, "bool", *shapes)
 
 
+def refuse_second_input(layer, shape, mask):
+    """Refuse what comes in the place of a mask but is as large as the input."""
+    if len(shape) > 2 and len(getattr(mask, "shape", ())) == len(shape):
+        raise ValueError(
+            f"{type(layer).__name__} takes one input, whose positions attend to one another; "
+            "what comes second is its `mask`. For a query and another value there is "
+            f"MultiHeadAttention. Received: a second input of shape {tuple(mask.shape)}"
+        )
+
+
 def are_flags(name, mask):
     """Refuse numbers of a mask that are neither 0 nor 1, such as those of an additive mask.
 
@@ -714,7 +724,8 @@ def _product(sizes):
     return total
 
 
-def _copy(initializer):
+def copy_initializer(initializer):
+    """A fresh one of the same kind: one instance would give equal weights."""
     if not isinstance(initializer, initializers.Initializer):
         return initializer  # a plain function
     return initializer.__class__.from_config(initializer.get_config())
