@@ -393,6 +393,11 @@ def refuse_longer(x, sizes, limit, told):
         return tf.where(longest <= limit, x, tf.cast(float("nan"), x.dtype))
 
 
+def all_of(flags):
+    """`ops.all` of a bool tensor, in operations that PyTorch can export to ONNX."""
+    return ops.sum(ops.cast(ops.logical_not(flags), "int32")) == 0
+
+
 def require(x, condition, told):
     """`x`, once it is certain that a condition holds.
 

@@ -12,6 +12,15 @@ CROSS = {"query": (2, "n", 6), "value": (2, "m", 5)}
 INPUTS = {"inputs": (2, "n", 6)}
 
 
+def block_with_options(*args, **options):
+    """A block with all that its attention may have."""
+    bias = layers.RelativePositionBias(4, embeddings_initializer="normal")
+    options |= {"score_mod": [bias, SoftCap(5.0)], "num_key_value_heads": 2}
+    return layers.TransformerBlock(
+        *args, rotary_embedding=layers.RotaryEmbedding(), use_bias=False, **options
+    )
+
+
 def with_relative_bias(*args, **options):
     """An attention layer with a `RelativePositionBias`, which is called with positions alone."""
     bias = layers.RelativePositionBias(2, embeddings_initializer="normal")
@@ -43,7 +52,18 @@ CASES = {
     "atrous": (layers.AtrousSelfAttention, (2, 4, 2), {"causal": True}, SELF, 8),
     "local": (layers.LocalSelfAttention, (2, 4, (3, None)), {}, SELF, 8),
     "strided": (layers.StridedSelfAttention, (2, 4, 3), {}, SELF, 8),
+    "block": (layers.TransformerBlock, (2, 4, Local(3), 10), {"causal": True}, INPUTS, 16),
+    "block, norm last": (
+        layers.TransformerBlock,
+        (2, 4, None, 10),
+        {"norm_first": False, "dropout": 0.2, "seed": 1, "activation": "relu"},
+        INPUTS,
+        16,
+    ),
+    "block, options": (block_with_options, (4, 4, Strided(3), 10), {}, INPUTS, 11),
     "embedding": (layers.PositionEmbedding, (20,), {}, INPUTS, 1),
+    "embedding, added": (layers.PositionEmbedding, (20,), {"add": True}, INPUTS, 1),
+    "sine, added": (layers.SinePositionEncoding, (), {"add": True}, INPUTS, 0),
     "sine": (layers.SinePositionEncoding, (), {}, INPUTS, 0),
     "rotary": (layers.RotaryEmbedding, (), {}, INPUTS, 0),
 }
@@ -58,10 +78,14 @@ def test_layer(kind, args, options, shapes, weights, tmp_path):
         shapes,
         num_weights=weights,
         num_losses=4 if "kernel_regularizer" in options else 0,
-        num_seed_generators=1 if "dropout" in options else 0,
+        num_seed_generators=_generators(kind) if "dropout" in options else 0,
         quantizes=weights > 0,
         folder=tmp_path,
     )
+
+
+def _generators(kind):
+    return 3 if kind is layers.TransformerBlock else 1
 
 
 def test_no_layer_is_left_out():

@@ -13,6 +13,7 @@ from sparse_attn.layers.self_attention import (
     SelfAttention,
     StridedSelfAttention,
 )
+from sparse_attn.layers.transformer_block import TransformerBlock
 
 __all__ = [
     "AtrousSelfAttention",
@@ -25,4 +26,5 @@ __all__ = [
     "SelfAttention",
     "SinePositionEncoding",
     "StridedSelfAttention",
+    "TransformerBlock",
 ]

@@ -36,7 +36,7 @@ from sparse_attn.stream import MAX_SCORE_BYTES
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.terms import is_causal
 from sparse_attn.tiles import trace_predicate
-from sparse_attn.tracing import require, size_of, value_of
+from sparse_attn.tracing import all_of, require, size_of, value_of
 
 MASK = "a mask of bools or numbers"
 
@@ -213,8 +213,8 @@ class Attention(HasPolicies, BaseLayer):
             activation=activation,
             use_bias=self.use_bias,
             # A fresh initializer each: one instance would give equal weights.
-            kernel_initializer=_copy(self.kernel_initializer),
-            bias_initializer=_copy(self.bias_initializer),
+            kernel_initializer=copy_initializer(self.kernel_initializer),
+            bias_initializer=copy_initializer(self.bias_initializer),
             kernel_regularizer=self.kernel_regularizer,
             bias_regularizer=self.bias_regularizer,
             activity_regularizer=self.sublayer_activity_regularizer,
@@ -616,6 +616,16 @@ def read_mask(name, mask, *shapes):
     return check_tensor(name, mask, "bool", *shapes)
 
 
+def refuse_second_input(layer, shape, mask):
+    """Refuse what comes in the place of a mask but is as large as the input."""
+    if len(shape) > 2 and len(getattr(mask, "shape", ())) == len(shape):
+        raise ValueError(
+            f"{type(layer).__name__} takes one input, whose positions attend to one another; "
+            "what comes second is its `mask`. For a query and another value there is "
+            f"MultiHeadAttention. Received: a second input of shape {tuple(mask.shape)}"
+        )
+
+
 def are_flags(name, mask):
     """Refuse numbers of a mask that are neither 0 nor 1, such as those of an additive mask.
 
@@ -632,7 +642,7 @@ def are_flags(name, mask):
         return None
     is_int = dtype.startswith("int")
     flags = mask >= 0 if is_int else (mask == 0) | (mask == 1)
-    flags = ops.all(flags) if array is None else flags.all()
+    flags = all_of(flags) if array is None else flags.all()
     known = value_of(flags) if array is None else bool(flags)
     if known:
         return None
@@ -722,7 +732,8 @@ def _product(sizes):
     return total
 
 
-def _copy(initializer):
+def copy_initializer(initializer):
+    """A fresh one of the same kind: one instance would give equal weights."""
     if not isinstance(initializer, initializers.Initializer):
         return initializer  # a plain function
     return initializer.__class__.from_config(initializer.get_config())

@@ -12,7 +12,7 @@ from sparse_attn.layers.saving import HasPolicies
 from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import PositionBias, tensors_of
 from sparse_attn.tensors import to_tensor, values_of
-from sparse_attn.tracing import gather, require, size_of, value_of
+from sparse_attn.tracing import all_of, gather, require, size_of, value_of
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
@@ -92,7 +92,7 @@ class PositionEmbedding(HasPolicies, BaseLayer):
         if isinstance(start_index, int) and isinstance(inputs.shape[1], int):
             return found
         told = f"The positions must lie within `sequence_length`, {self.sequence_length}."
-        return require(found, ops.all((positions >= 0) & (positions <= last)), told)
+        return require(found, all_of((positions >= 0) & (positions <= last)), told)
 
     def compute_output_shape(self, inputs_shape):
         return inputs_shape

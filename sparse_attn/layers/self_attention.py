@@ -4,6 +4,7 @@ import keras
 
 from sparse_attn.checks import check_bool
 from sparse_attn.layers.arguments import read_pattern
+from sparse_attn.layers.attention import refuse_second_input
 from sparse_attn.layers.multi_head_attention import MultiHeadAttention
 from sparse_attn.layers.saving import save_pattern
 from sparse_attn.patterns import Atrous, Causal, Local, Strided
@@ -90,13 +91,7 @@ class SelfAttention(MultiHeadAttention):
 
     def _masks(self, query, mask, query_mask, key_mask):
         """By name: Keras fills in `mask` beside one tensor, `query_mask` beside several."""
-        rank = len(getattr(query, "shape", ()))
-        if rank > 2 and len(getattr(mask, "shape", ())) == rank:
-            raise ValueError(
-                f"{type(self).__name__} takes one input, whose positions attend to one another; "
-                "what comes second is its `mask`. For a query and another value there is "
-                f"MultiHeadAttention. Received: a second input of shape {tuple(mask.shape)}"
-            )
+        refuse_second_input(self, getattr(query, "shape", ()), mask)
         return {"mask": mask, "query_mask": query_mask, "key_mask": key_mask}
 
     def compute_output_shape(self, query_shape):
