@@ -59,8 +59,7 @@ def weight_gradients(value, weights, kept, d_out, delta, d_lse=None):
         value, weights: as in the forward pass.
         kept: a function from weights to those that dropout keeps, scaled up.
         d_out: `(b, h, t, i, e)`, the gradient of the output.
-        delta: `(b, h, t, i, 1)`: `sum(out * d_out)`, which is the sum of `p * dp` over
-            the keys; or `None` to add these up, in float32.
+        delta: `(b, h, t, i, 1)`: `sum(out * d_out)`, which is the sum of `p * dp` over the keys.
         d_lse: `(b, h, t, i, 1)`, the gradient of the log-sum-exp, or `None`.
 
     Returns:
@@ -69,12 +68,14 @@ def weight_gradients(value, weights, kept, d_out, delta, d_lse=None):
     d_value = product(kept(weights), d_out, "b h t i j, b h t i e -> b h t j e")
     d_weights = kept(product(d_out, value, "b h t i e, b h t j e -> b h t i j"))
     dtype = weights.dtype
-    if delta is None:
-        weights, d_weights = (ops.cast(x, "float32") for x in (weights, d_weights))
-        delta = ops.sum(weights * d_weights, axis=-1, keepdims=True)
-    if d_lse is not None:
-        delta = delta - d_lse
-    return d_value, ops.cast(weights * (d_weights - ops.cast(delta, weights.dtype)), dtype)
+    if delta.dtype == dtype:
+        return d_value, weights * (d_weights - (delta if d_lse is None else delta - d_lse))
+    # In half precision `delta` is rounded, once more than `out` was. What it is off by is the sum
+    # of what comes of it, which would be 0: without it the errors of all keys of a query add up.
+    d_weights = d_weights - ops.cast(delta, dtype)
+    rest = ops.sum(weights * d_weights, axis=-1, keepdims=True)
+    rest = rest if d_lse is None else rest - ops.cast(d_lse, rest.dtype)
+    return d_value, weights * (d_weights - ops.cast(rest, dtype))
 
 
 def score_gradients(query, key, d_scores):

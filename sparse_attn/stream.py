@@ -541,11 +541,10 @@ class _Pieces:
         """The gradients by query, key, value, each bias and each tensor of the mods."""
         out, _ = _unpack(packed, self.repeats, self.return_lse)
         d_out, d_lse = _unpack(d_packed, self.repeats, self.return_lse)
-        delta = None
-        if self.dtype == wide(self.dtype):  # the rounding of a narrower output would be in it
-            products = rearrange(out * d_out, "b n h (r e) -> b n h r e", r=self.repeats)
-            delta = ops.sum(products, axis=-1)
-            delta, d_lse = delta if d_lse is None else delta - d_lse, None
+        products = ops.cast(out, wide(self.dtype)) * ops.cast(d_out, wide(self.dtype))
+        delta = ops.sum(rearrange(products, "b n h (r e) -> b n h r e", r=self.repeats), axis=-1)
+        if self.dtype == wide(self.dtype) and d_lse is not None:
+            delta, d_lse = delta - d_lse, None
         d_bias = []
         body = partial(
             self._backward,
