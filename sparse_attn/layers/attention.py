@@ -23,7 +23,7 @@ from sparse_attn.patterns import Causal, Full, Local, PerHead
 from sparse_attn.reshaping import rearrange
 from sparse_attn.stream import MAX_SCORE_BYTES
 from sparse_attn.tensors import to_tensor
-from sparse_attn.tracing import size_of
+from sparse_attn.tracing import size_of, uncompiled
 
 
 class Attention(HasPolicies, keras.layers.Layer):
@@ -179,6 +179,7 @@ class Attention(HasPolicies, keras.layers.Layer):
             weights = [as_shaped(x, y.shape) for x, y in zip(weights, own, strict=True)]
         super().set_weights(weights)
 
+    @uncompiled
     def call(
         self,
         query,
