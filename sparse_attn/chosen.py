@@ -7,7 +7,7 @@ from keras import ops
 from sparse_attn.layouts import crop
 from sparse_attn.masking import zero_masked
 from sparse_attn.reshaping import rearrange
-from sparse_attn.tracing import custom_gradient, gather, most, size_of
+from sparse_attn.tracing import custom_gradient, gather, most, size_of, split
 
 
 class Chosen:
@@ -118,7 +118,7 @@ def share_out(x, heads, axis):
     if sorted(numbers) == list(range(x.shape[axis])):
         ends = list(itertools.accumulate(map(len, heads)))[:-1]
         x = _reorder(x, numbers, axis)
-        return ops.split(x, ends, axis=axis) if ends else [x]
+        return split(x, ends, axis) if ends else [x]
     single = ops.split(x, x.shape[axis], axis=axis)  # some are in several lists
     return [ops.concatenate([single[number] for number in own], axis=axis) for own in heads]
 

@@ -41,9 +41,19 @@ from sparse_attn.stream import (
 )
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.tiles import Given, Tiles
-from sparse_attn.tracing import known_size, product, refuse_longer, size_of, unconverted
+from sparse_attn.tracing import (
+    is_traced_to_export,
+    known_size,
+    length_of,
+    product,
+    refuse_longer,
+    size_of,
+    uncompiled,
+    unconverted,
+)
 
 
+@uncompiled
 @unconverted
 def sparse_attention(
     query,
@@ -245,7 +255,7 @@ def _share_out(query, key, value, given, groups):
 
 def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max_score_bytes):
     """Attention of heads that have one pattern: `(out, lse)`, `lse` finite and perhaps `None`."""
-    n, m = size_of(query, 1), size_of(key, 1)
+    n, m = length_of(query), length_of(key)
     known = [known_size(size) for size in (n, m)]
     if 0 in (*known, query.shape[0]):  # nothing asks, or nothing answers
         parts = ()
@@ -322,6 +332,7 @@ def _schedules(parts, chosen, query, value, given, max_score_bytes):
         return [Schedule(part.layout, groups) for part in parts]
     pairs = sum(part.scored_pairs for part in parts)
     streamed = score_bytes(pairs, batch, heads, query.dtype) > max_score_bytes
+    streamed = streamed and not is_traced_to_export()  # where a loop has as many turns as now
     sizes = {"dim": max(query.shape[-1], value.shape[-1]), "repeats": given.repeats}
     sizes["streamed"] = streamed and is_differentiable(given.mods)
     return [schedule(part.layout, batch, groups, dtype=query.dtype, **sizes) for part in parts]
@@ -338,6 +349,7 @@ def _seeds(schedules, batch, groups, seed):
     ]
 
 
+@uncompiled
 @unconverted
 def attention_weights(
     query,

@@ -56,6 +56,7 @@ from sparse_attn.tracing import (
     most,
     pad_rows,
     size_of,
+    split,
     sum_segments,
     take,
 )
@@ -750,7 +751,7 @@ def sum_rows(pieces, starts, length):
     for x, (start, stop) in zip(pieces, ranges, strict=True):
         inner = [edge for edge in edges if start <= edge <= stop]
         cuts = [edge - start for edge in (start, *inner, stop)]
-        parts = ops.split(x, cuts[1:-1], axis=1)[1:-1] if len(inner) > 1 else []
+        parts = split(x, cuts[1:-1], axis=1)[1:-1] if len(inner) > 1 else []
         for pair, part in zip(itertools.pairwise(inner), parts, strict=True):
             segments[pair].append(part)
     batch, heads, dim = (size_of(pieces[0], axis) for axis in (0, 2, 3))

@@ -44,6 +44,7 @@ from sparse_attn.tracing import (
     put,
     recomputed,
     size_of,
+    split,
     take,
     unconverted,
     unlinked,
@@ -256,7 +257,7 @@ def _unpack(packed, repeats, has_lse):
     if not has_lse:
         return packed, None
     packed = rearrange(packed, "b n h (r c) -> b n h r c", r=repeats)
-    out, lse = ops.split(packed, [packed.shape[-1] - 1], axis=-1)
+    out, lse = split(packed, [packed.shape[-1] - 1], axis=-1)
     return rearrange(out, "b n h r e -> b n h (r e)"), rearrange(lse, "b n h r 1 -> b n h r")
 
 

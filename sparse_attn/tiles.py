@@ -292,8 +292,8 @@ def _evaluate(pattern, q_pos, k_pos):
     answer = ops.convert_to_tensor(ask(pattern, q_pos, k_pos))
     rank = len(q_pos.shape)
     answer = answer[(None,) * (rank - len(answer.shape))]
-    sizes = [{1, a, b} for a, b in zip(q_pos.shape, k_pos.shape, strict=True)]
+    sizes = [(1, a, b) for a, b in zip(q_pos.shape, k_pos.shape, strict=True)]
     shape = tuple(
-        tuple(sorted(size)) if all(isinstance(x, int) for x in size) else None for size in sizes
+        tuple(sorted({*size})) if all(isinstance(x, int) for x in size) else None for size in sizes
     )
     return check_tensor(f"{pattern!r}(q_pos, k_pos)", answer, "bool", shape)

@@ -1,6 +1,7 @@
 """What a framework has to be told, or asked, about how it traces and differentiates."""
 
 import contextlib
+import itertools
 import operator
 from functools import cache, reduce
 
@@ -22,6 +23,18 @@ def unconverted(function):
     import tensorflow as tf
 
     return tf.autograph.experimental.do_not_convert(function)
+
+
+def uncompiled(function):
+    """A function that PyTorch's compiler leaves as it is.
+
+    What it plans in Python and numpy would be traced, which takes long where it does not fail.
+    """
+    if keras.backend.backend() != "torch":
+        return function
+    import torch
+
+    return torch.compiler.disable(function)
 
 
 def eagerly():
@@ -216,6 +229,19 @@ def size_of(x, axis):
     return sizes_of(x)[axis] if size is None else size
 
 
+def length_of(x):
+    """The size of axis 1 of a tensor; `torch.export` takes it for an int.
+
+    Layouts compare lengths in more ways than symbols of PyTorch can be compared.
+    """
+    size = size_of(x, 1)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return int(size) if isinstance(size, torch.SymInt) else size
+    return size
+
+
 def sizes_of(x):
     """All sizes of a tensor, which in a graph of TensorFlow come out of one node."""
     if keras.backend.backend() != "tensorflow":
@@ -239,6 +265,14 @@ def take(x, start, size, axis):
         unknown = [-1] * len(sizes) if isinstance(start, int) else sizes_of(x)
         sizes = [unknown[i] if size is None else size for i, size in enumerate(sizes)]
     return ops.slice(x, starts, sizes)
+
+
+def split(x, ends, axis):
+    """`ops.split` at some places, ints; on PyTorch this would make tensors of them."""
+    if keras.backend.backend() != "torch":
+        return ops.split(x, ends, axis=axis)
+    edges = [0, *ends, x.shape[axis]]
+    return list(x.split([b - a for a, b in itertools.pairwise(edges)], axis))
 
 
 def put(x, part, start):
@@ -449,10 +483,11 @@ def most(a, b):
 
 def as_number(size):
     """A size as an int tensor: what it is once the graph runs."""
-    if keras.backend.backend() == "torch":  # `ops` would make an int of it
+    if keras.backend.backend() == "torch":  # `ops` would make an int of it, for good
         import torch
 
-        return torch.as_tensor(size)
+        is_tensor = isinstance(size, torch.Tensor)
+        return size if is_tensor else torch.scalar_tensor(size, dtype=torch.int64)
     return ops.convert_to_tensor(size)
 
 

@@ -138,6 +138,20 @@ EXPRESSIONS = [
 ]
 
 
+EACH_CLASS = {  # every pattern class of the package, and some joined, for 64 positions
+    "bands": [Full(), Causal(), Local(3), Atrous(3), Strided(4), Dilated(2, 3), Band(-2, 5)],
+    "chosen": [Fixed(4), Prefix(2), Global((1, 5)), Longformer(2, (0, 9)), StreamingLLM(3, 2)],
+    "blocks": [Blocks(4), PrefixLM(4), SparseTransformer(4), Random(64, 4, 2), BigBird(64, 4, 1)],
+    "grids": [Neighborhood((16, 4), 1), Axial((16, 4)), Grid((3,), (Band(1, 0), Band()))],
+    "combined": [
+        Causal() & Neighborhood((4, 4, 4), 2),
+        Random(64, 4, 2) | Local(3) | Global(1),
+        ~Random(64, 4, 2) & Blocks(8),
+        Causal() & (Axial((8, 8)) | BigBird(64, 4, 1)),
+    ],
+}
+
+
 def examples(count):
     """As many random examples of a test; fewer on JAX, which compiles for each shape."""
     count = count // 8 if keras.backend.backend() == "jax" else count

@@ -4,37 +4,21 @@ import keras
 import numpy as np
 import pytest
 
-import sparse_attn
 from sparse_attn import (
-    Atrous,
     Axial,
-    Band,
     BigBird,
-    Blocks,
     Causal,
-    Dilated,
-    Fixed,
-    Full,
-    Global,
-    Grid,
     Local,
-    Longformer,
     Neighborhood,
-    Pattern,
     PerHead,
     Prefix,
-    PrefixLM,
-    Random,
-    SparseTransformer,
-    StreamingLLM,
-    Strided,
     sparse_attention,
     stream,
 )
 from sparse_attn.functional import attention_weights
 from sparse_attn.layers import SelfAttention
-from sparse_attn.patterns import And, Not, Or
 from sparse_attn.reference import dense_attention
+from tests.cases import EACH_CLASS
 from tests.compare import FLOAT, at_once, close, random_inputs, random_masks, to_numpy
 
 jax = pytest.importorskip("jax", reason="the extra [jax] is not installed")
@@ -87,19 +71,6 @@ def test_a_jitted_step_of_a_layer_is_traced_once_for_each_length():
 
 # ---- Exported with names for lengths -------------------------------------------
 
-UNKNOWN = {  # every pattern class of the package
-    "bands": [Full(), Causal(), Local(3), Atrous(3), Strided(4), Dilated(2, 3), Band(-2, 5)],
-    "chosen": [Fixed(4), Prefix(2), Global((1, 5)), Longformer(2, (0, 9)), StreamingLLM(3, 2)],
-    "blocks": [Blocks(4), PrefixLM(4), SparseTransformer(4), Random(64, 4, 2), BigBird(64, 4, 1)],
-    "grids": [Neighborhood((16, 4), 1), Axial((16, 4)), Grid((3,), (Band(1, 0), Band()))],
-    "combined": [
-        Causal() & Neighborhood((4, 4, 4), 2),
-        Random(64, 4, 2) | Local(3) | Global(1),
-        ~Random(64, 4, 2) & Blocks(8),
-        Causal() & (Axial((8, 8)) | BigBird(64, 4, 1)),
-    ],
-}
-
 
 def exported(function, *shapes):
     """A function exported for float32 tensors of these shapes, such as `"b, n, 2, 4"`."""
@@ -111,20 +82,9 @@ def exported(function, *shapes):
     return jax.export.export(jax.jit(function))(*specs).call
 
 
-def kinds_of_patterns(kind=Pattern):
-    for each in kind.__subclasses__():
-        yield from [each, *kinds_of_patterns(each)]
-
-
-def test_every_pattern_class_is_among_those_that_are_exported():
-    public = {kind for kind in kinds_of_patterns() if kind.__name__ in sparse_attn.__all__}
-    tested = {type(pattern) for patterns in UNKNOWN.values() for pattern in patterns}
-    assert tested | {And, Or, Not, PerHead} >= public
-
-
-@pytest.mark.parametrize("kind", UNKNOWN)
+@pytest.mark.parametrize("kind", EACH_CLASS)
 def test_patterns_are_exported_with_unknown_lengths(kind):
-    patterns = UNKNOWN[kind]
+    patterns = EACH_CLASS[kind]
 
     def function(q, k, v):
         return [sparse_attention(q, k, v, pattern) for pattern in patterns]

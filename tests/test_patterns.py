@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+import sparse_attn
 import sparse_attn.expressions as expressions_module
 from sparse_attn import (
     Atrous,
@@ -39,8 +40,8 @@ from sparse_attn import (
     parse_pattern,
     pictures,
 )
-from sparse_attn.patterns import look_up
-from tests.cases import EXPRESSIONS, LEAVES, Diagonals, Near, examples, expressions
+from sparse_attn.patterns import And, Not, Or, look_up
+from tests.cases import EACH_CLASS, EXPRESSIONS, LEAVES, Diagonals, Near, examples, expressions
 
 DRAWN_BLOCKS = [[3, 5], [1, 4], [2, 4], [1, 4], [1, 3], [1, 2]]
 
@@ -736,3 +737,14 @@ def test_lengths_of_a_combination_are_those_of_its_parts():
     assert (Causal() | Local(3)).max_length is None
     with pytest.raises(ValueError, match=r"BigBird\(40, 4\) is made for lengths up to 40"):
         pattern.mask(41)
+
+
+def kinds_of_patterns(kind=Pattern):
+    for each in kind.__subclasses__():
+        yield from [each, *kinds_of_patterns(each)]
+
+
+def test_every_pattern_class_is_among_the_cases_for_frameworks():
+    public = {kind for kind in kinds_of_patterns() if kind.__name__ in sparse_attn.__all__}
+    tested = {type(pattern) for patterns in EACH_CLASS.values() for pattern in patterns}
+    assert tested | {And, Or, Not, PerHead} >= public

@@ -175,6 +175,7 @@ class TransformerBlock(HasPolicies, BaseLayer):
         return self.attention.pattern
 
     def build(self, inputs_shape=None):
+        self._check_shape(inputs_shape)
         self.attention.build(inputs_shape, inputs_shape)
         self.attention_norm = self._norm("attention_norm", inputs_shape)
         self.feedforward_norm = self._norm("feedforward_norm", inputs_shape)
