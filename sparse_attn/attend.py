@@ -1,14 +1,36 @@
 """Attention within tiles, and the merge of parts by log-sum-exp."""
 
 import functools
+import re
 
+import einops
 import keras
-from einops import einsum
 from keras import ops
 
 from sparse_attn.checks import check_tensor, received
-from sparse_attn.masking import MASKED, at_least_lowest, larger, wide, zero_masked
+from sparse_attn.masking import (
+    MASKED,
+    at_least_lowest,
+    is_not_masked,
+    larger,
+    wide,
+    zero_masked,
+)
 from sparse_attn.tensors import to_tensor
+
+
+def product(x, y, pattern):
+    """Products of the matrices in the last two axes, over one of these: `einops.einsum`.
+
+    TensorFlow's own sums of products, unlike its matrix product, add float16 up in float16.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return einops.einsum(x, y, pattern)
+    import tensorflow as tf
+
+    of_x, of_y, of_both = (part.split() for part in re.split("->|,", pattern))
+    (summed,) = set(of_x) - set(of_both)
+    return tf.matmul(x, y, transpose_a=of_x[-2] == summed, transpose_b=of_y[-1] == summed)
 
 
 def score(query, key, dtype):
@@ -19,7 +41,7 @@ def score(query, key, dtype):
         key: `(b, h, t, j, d)`, finite.
         dtype: that of the scores.
     """
-    return ops.cast(einsum(query, key, "b h t i d, b h t j d -> b h t i j"), dtype)
+    return ops.cast(product(query, key, "b h t i d, b h t j d -> b h t i j"), dtype)
 
 
 def log_sum_exp(scores, weights):
@@ -42,31 +64,38 @@ def log_sum_exp(scores, weights):
 
 def average(weights, value):
     """`(b, h, t, i, e)`: the values `(b, h, t, j, e)` under weights of their dtype."""
-    return einsum(weights, value, "b h t i j, b h t j e -> b h t i e")
+    return product(weights, value, "b h t i j, b h t j e -> b h t i e")
 
 
-def weight_gradients(value, weights, kept, d_out, delta):
-    """The backward pass of a tile, down to its scores: `ds = p * (dp - delta)`.
+def weight_gradients(value, weights, kept, d_out, delta, d_lse=None):
+    """The backward pass of a tile, down to its scores: `ds = p * (dp - delta + dlse)`.
 
     Args:
         value, weights: as in the forward pass.
         kept: a function from weights to those that dropout keeps, scaled up.
         d_out: `(b, h, t, i, e)`, the gradient of the output.
-        delta: `(b, h, t, i, 1)`: `sum(out * d_out)`, less the gradient of the
-            log-sum-exp. The sum is that of `p * dp` over the keys.
+        delta: `(b, h, t, i, 1)`: `sum(out * d_out)`, which is the sum of `p * dp` over
+            the keys; or `None` to add these up, in float32.
+        d_lse: `(b, h, t, i, 1)`, the gradient of the log-sum-exp, or `None`.
 
     Returns:
         `(d_value, d_scores)`.
     """
-    d_value = einsum(kept(weights), d_out, "b h t i j, b h t i e -> b h t j e")
-    d_weights = kept(einsum(d_out, value, "b h t i e, b h t j e -> b h t i j"))
-    return d_value, weights * (d_weights - ops.cast(delta, weights.dtype))
+    d_value = product(kept(weights), d_out, "b h t i j, b h t i e -> b h t j e")
+    d_weights = kept(product(d_out, value, "b h t i e, b h t j e -> b h t i j"))
+    dtype = weights.dtype
+    if delta is None:
+        weights, d_weights = (ops.cast(x, "float32") for x in (weights, d_weights))
+        delta = ops.sum(weights * d_weights, axis=-1, keepdims=True)
+    if d_lse is not None:
+        delta = delta - d_lse
+    return d_value, ops.cast(weights * (d_weights - ops.cast(delta, weights.dtype)), dtype)
 
 
 def score_gradients(query, key, d_scores):
     """The rest of it: `(d_query, d_key)`."""
-    d_query = einsum(d_scores, key, "b h t i j, b h t j d -> b h t i d")
-    d_key = einsum(d_scores, query, "b h t i j, b h t i d -> b h t j d")
+    d_query = product(d_scores, key, "b h t i j, b h t j d -> b h t i d")
+    d_key = product(d_scores, query, "b h t i j, b h t i d -> b h t j d")
     return d_query, d_key
 
 
@@ -107,7 +136,7 @@ def merge_attention(parts):
         shape = tuple(out.shape)
         check_tensor(f"parts[{number}][1]", lse, "float", shape[:3])
         lse = at_least_lowest(ops.cast(lse, wide(lse.dtype)))
-        checked.append((zero_masked(out, lse > MASKED), lse))
+        checked.append((zero_masked(out, is_not_masked(lse)), lse))
     out, lse = merge(checked)
     return out, public_lse(lse)
 

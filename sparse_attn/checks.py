@@ -8,6 +8,7 @@ import math
 import numbers
 import operator
 
+LAST = 2**31 - 1  # the last position: positions are int32
 _INTS = {None: "an int", 0: "a non-negative int", 1: "a positive int"}
 
 
@@ -35,6 +36,15 @@ def check_int(name, value, minimum=None):
     if minimum is not None and number < minimum:
         raise ValueError(received(name, requirement, value))
     return number
+
+
+def within_int32(number):
+    """An int, cut to `[-LAST, LAST]`: no position and no distance lies beyond.
+
+    Parameters of patterns may be any ints; a predicate that meets int32
+    tensors cuts them, so that none of them wraps.
+    """
+    return max(-LAST, min(number, LAST))
 
 
 def check_bool(name, value):

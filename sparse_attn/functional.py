@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import keras
 import numpy as np
-from einops import einsum
 from keras import ops
 
-from sparse_attn.attend import join_apart, merge, public_lse
+from sparse_attn.attend import join_apart, merge, product, public_lse
 from sparse_attn.bounds import are_apart
 from sparse_attn.checks import (
+    LAST,
     check_bool,
     check_int,
     check_number,
@@ -21,8 +21,8 @@ from sparse_attn.checks import (
 from sparse_attn.chosen import Chosen, bring_together, share_out
 from sparse_attn.masking import (
     LOWEST,
-    MASKED,
     check_mask,
+    is_not_masked,
     masked_softmax,
     wide,
     zero_masked,
@@ -33,7 +33,6 @@ from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import apply_mods, is_differentiable, read_mods, tensors_of
 from sparse_attn.stream import (
     MAX_SCORE_BYTES,
-    Mods,
     Schedule,
     allowed_by,
     attend_tiles,
@@ -169,6 +168,7 @@ def sparse_attention(
         attention_mask,
         bias,
         mods,
+        query_mask,
     )
     groups = head_groups(pattern, given)
     shares = _share_out(query, key, value, given, groups)
@@ -193,7 +193,7 @@ def sparse_attention(
 def _refuse_longer(x, pattern, query, key, q_pos=None):
     """`x`, if the lengths that were not known before are such that the pattern has a meaning."""
     limit = pattern.max_length
-    if limit is None:
+    if limit is None or limit > LAST:
         return x
     last = size_of(query, 1) if q_pos is None else ops.max(q_pos) + 1
     told = f"{pattern!r} is made for lengths up to {limit}."
@@ -251,6 +251,9 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
     else:
         parts = plan_at(pattern, given.q_pos, n, m, query.shape[-1]).parts
 
+    sees_all = given.sees_all(pattern, n, m)
+    if sees_all:
+        given = replace(given, query_mask=None)
     chosen = [[Chosen(x, size) for x, size in ((p.queries, n), (p.keys, m))] for p in parts]
     apart = are_apart([part.queries for part in parts])
     need_lse = return_lse or not apart
@@ -258,13 +261,11 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
     seeds = [None] * len(parts)
     if dropout:
         seeds = _seeds(schedules, size_of(query, 0), key.shape[2], seed)
-    tensors = tensors_of(given.mods)
     # Heads of queries that share keys stand side by side, as features of one head.
     grouped = rearrange(query, "b n (g r) d -> b n g (r d)", r=given.repeats)
     found = []
     for part, (queries, keys), own, own_seeds in zip(parts, chosen, schedules, seeds, strict=True):
         tiles = Tiles(part, own.layout, queries, keys, given)
-        mods = Mods(given.mods, tiles.positions_for(given.mods), tensors) if given.mods else None
         out, lse = attend_tiles(
             own,
             queries.pick(grouped),
@@ -272,12 +273,13 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
             keys.pick(value),
             tiles.masks,
             tiles.bias,
-            mods,
+            tiles.mods(),
             repeats=given.repeats,
             dropout=dropout,
             seeds=own_seeds,
             return_lse=need_lse,
             zero_unanswered=not (need_lse or tiles.answer_all),
+            zero_unseen=not sees_all,
         )
         out = rearrange(out, "b n g (r e) -> b n (g r) e", r=given.repeats)
         if lse is not None:
@@ -286,10 +288,20 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
     if not found:  # the pattern allows nothing at these lengths
         shape = ops.shape(query)[:3]
         out = ops.zeros((*shape, value.shape[-1]), query.dtype)
-        out = out + _zero_of(query, key, value)
+        bias = [] if given.bias is None else [given.bias]
+        out = out + _zero_of(query, key, value, *bias, *_idle(given.mods, wide(query.dtype)))
         found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
     out, lse = join_apart(found) if apart else merge(found)
-    return out if lse is None else zero_masked(out, lse > MASKED), lse
+    return out if lse is None else zero_masked(out, is_not_masked(lse)), lse
+
+
+def _idle(mods, dtype):
+    """What some mods return where there is no pair at all: empty, but linked to what they use."""
+    if not mods:
+        return []
+    nothing = ops.zeros((1, 1, 1, 0, 0), "int32")
+    positions = nothing, nothing, nothing
+    return [apply_mods(mods, ops.cast(nothing, dtype), positions, tensors_of(mods))[0]]
 
 
 def _zero_of(*tensors):
@@ -376,15 +388,16 @@ def _dense_weights(query, key, given, pattern):
     part = Part.of(Band(), pattern, None, None)
     tiles = Tiles(part, part.layout, Chosen(None, n), Chosen(None, m), given)
     (q,), (k,) = part.layout.split_queries(query), part.layout.split_keys(key, n)
-    q = rearrange(q, "b (g r) t i d -> b g t i r d", r=given.repeats)
-    scores = einsum(q, k, "b g t i r d, b g t j d -> b g t i r j")
-    if given.repeats == 1:
-        scores = rearrange(scores, "b g t i 1 j -> b g t i j")
-    if given.mods:
-        (positions,) = tiles.positions_for(given.mods)
-        scores = ops.cast(scores, wide(scores.dtype))
-        scores = apply_mods(given.mods, scores, positions, tensors_of(given.mods))
+    q = rearrange(q, "b (g r) t i d -> b g t (i r) d", r=given.repeats)
+    scores = product(q, k, "b g t i d, b g t j d -> b g t i j")
+    if given.repeats > 1:
+        scores = rearrange(scores, "b g t (i r) j -> b g t i r j", r=given.repeats)
     mask = allowed_by(tiles.masks[0]) if tiles.masks[0] else None
+    mods = tiles.mods()
+    if mods is not None:
+        scores = ops.cast(scores, wide(scores.dtype))
+        (positions,) = mods.positions
+        scores, mask = apply_mods(mods.mods, scores, positions, mods.tensors, mask, mods.example)
     weights = ops.cast(masked_softmax(scores, mask), query.dtype)
     if given.repeats == 1:
         return rearrange(weights, "b g 1 i j -> b g i j")
@@ -453,10 +466,13 @@ def check_segments(segment_ids, b, n, m, symbols=False):
         names, pair = ("segment_ids[0]", "segment_ids[1]"), segment_ids
     requirement = "a tensor or an array of ints"
     arrays = [to_array(name, x, requirement) for name, x in zip(names, pair, strict=True)]
+    arrays = arrays[:1] * 2 if pair[0] is pair[1] else arrays
     pair = _renumbered(arrays) or pair
     found = []
     for name, x, size in zip(names, pair, (n, m), strict=True):
-        if not (symbols and isinstance(x, keras.KerasTensor)):
+        if found and x is pair[0]:
+            x = found[0]
+        elif not (symbols and isinstance(x, keras.KerasTensor)):
             x = to_tensor(name, x, requirement)
         found.append(check_tensor(name, x, "int", (b, size)))
     if found[0].dtype != found[1].dtype:
@@ -468,6 +484,9 @@ def _renumbered(pair):
     """Segments by small numbers, where they are at hand: then they may be any ints."""
     if not all(x is not None and x.dtype.kind in "iu" for x in pair):
         return None
+    if pair[0] is pair[1]:
+        numbers = np.unique(pair[0], return_inverse=True)[1].astype("int32")
+        return (numbers.reshape(pair[0].shape),) * 2
     _, numbers = np.unique(np.concatenate(pair, axis=None), return_inverse=True)
     parts = np.split(numbers.astype("int32"), [pair[0].size])
     return [part.reshape(x.shape) for part, x in zip(parts, pair, strict=True)]
@@ -520,4 +539,6 @@ def _check_positions(positions, known_n, n, limit):
     positions = to_tensor("query_positions", positions, requirement)
     check_tensor("query_positions", positions, "int", (), (known_n,))
     positions = ops.cast(positions, "int32")
-    return positions if len(positions.shape) else positions + ops.arange(n, dtype="int32")
+    if not len(positions.shape):
+        return positions + ops.arange(n, dtype="int32")
+    return positions if None not in positions.shape else ops.reshape(positions, (n,))

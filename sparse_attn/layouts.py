@@ -46,6 +46,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from sparse_attn.checks import within_int32
 from sparse_attn.reshaping import rearrange
 from sparse_attn.tracing import (
     eagerly,
@@ -900,11 +901,20 @@ def band_rows(left, right, rate, q_pos, m):
     Returns:
         An `(n, j)` index for `Gather`, or `None` if the band has all keys.
     """
+    rate = within_int32(rate)
+    whole = _blocks(m, rate)  # keys of a residue
+    start, count = q_pos % rate, whole
     if left is not None and right is not None:
-        return q_pos[:, None] + ops.arange(-left, right + 1, rate, dtype=q_pos.dtype)[None, :]
-    if rate == 1:
+        left, right = left // rate, right // rate
+        near = left + right + 1
+        if not isinstance(whole, int) and near > NOMINAL_LENGTH:  # no more than there are
+            start = ops.maximum(q_pos - within_int32(left * rate), start)
+            count = least(whole, near)
+        elif not isinstance(whole, int) or near < whole:
+            start, count = q_pos - left * rate, near
+    if rate == 1 and count is whole:
         return None
-    return (q_pos % rate)[:, None] + rate * ops.arange(_blocks(m, rate), dtype=q_pos.dtype)[None, :]
+    return start[:, None] + rate * ops.arange(count, dtype=q_pos.dtype)[None, :]
 
 
 def grid_rows(sizes, bands, q_pos, m):
@@ -913,12 +923,14 @@ def grid_rows(sizes, bands, q_pos, m):
     Returns:
         An `(n, j)` index for `Gather`, or `None` if the first axis has no end.
     """
-    row = math.prod(sizes)
-    found = band_rows(*bands[0], q_pos // row, _blocks(m, row))
+    row = within_int32(math.prod(sizes))
+    rows = _blocks(m, row)
+    found = band_rows(*bands[0], q_pos // row, rows)
     if found is None:
         return None
+    found = ops.where(found < rows, found, -1)  # whose numbers might not be int32
     for axis, band in enumerate(bands[1:], start=1):
-        size, behind = sizes[axis - 1], math.prod(sizes[axis:])
+        size, behind = (within_int32(x) for x in (sizes[axis - 1], math.prod(sizes[axis:])))
         place = q_pos // behind % size
         near = band_rows(*band, place, size)
         if near is None:

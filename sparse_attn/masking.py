@@ -83,8 +83,16 @@ def larger(x, y):
 
 
 def at_least_lowest(x):
-    """`x`, but no less than `LOWEST`: finite where it was `-inf`."""
-    return larger(x, ops.full((), LOWEST, x.dtype))
+    """`x`, but no less than `LOWEST`: finite where it was `-inf`; NaN stays."""
+    return ops.where(x < LOWEST, ops.full((), LOWEST, x.dtype), x)
+
+
+def is_not_masked(x):
+    """Whether a score or a log-sum-exp is that of an allowed pair, or of a row that has one.
+
+    NaN is not masked: it is somebody's fault, and must be seen.
+    """
+    return ops.logical_not(x <= MASKED)
 
 
 def masked_softmax(scores, mask=None, axis=-1):
@@ -130,7 +138,7 @@ def softmax(scores):
     """
     keys = scores.shape[-1]
     if isinstance(keys, int) and keys == 1:  # a tensor where PyTorch traces: 1 for now
-        return ops.ones_like(scores)
+        return ops.exp(scores - scores)  # PyTorch wants a link to them, though its gradient is 0
     if len(scores.shape) <= 5:
         return ops.softmax(scores, axis=-1)
     found = ops.softmax(rearrange(scores, "b h t ... j -> b h t (...) j"), axis=-1)

@@ -24,7 +24,7 @@ import operator
 import numpy as np
 
 from sparse_attn import pictures
-from sparse_attn.checks import check_int, received
+from sparse_attn.checks import check_int, received, within_int32
 
 
 class _Frozen(abc.ABCMeta):
@@ -449,8 +449,9 @@ class Ranges:
         return found[found < stop]
 
     def __call__(self, positions):
-        x = positions if self.period is None else positions % self.period
-        tests = [(x >= a) & (x < b) if b - a > 1 else x == a for a, b in self.ranges]
+        x = positions if self.period is None else positions % within_int32(self.period)
+        edges = [(within_int32(a), within_int32(b)) for a, b in self.ranges]
+        tests = [(x >= a) & (x < b) if b - a != 1 else x == a for a, b in edges]
         return functools.reduce(operator.or_, tests, x != x)
 
 
@@ -593,7 +594,7 @@ class Atrous(Pattern):
         set_fields(self, rate=check_int("rate", self.rate, minimum=1))
 
     def __call__(self, q_pos, k_pos):
-        return (q_pos - k_pos) % self.rate == 0
+        return (q_pos - k_pos) % within_int32(self.rate) == 0
 
 
 @leaf
@@ -808,7 +809,8 @@ class Random(Pattern):
         return self.length
 
     def __call__(self, q_pos, k_pos):
-        return listed(self.lists, q_pos // self.block_size, k_pos // self.block_size)
+        size = within_int32(self.block_size)
+        return listed(self.lists, q_pos // size, k_pos // size)
 
 
 @functools.lru_cache(maxsize=64)
@@ -891,7 +893,7 @@ class Prefix(Pattern):
         set_fields(self, length=check_int("length", self.length, minimum=0))
 
     def __call__(self, q_pos, k_pos):
-        return k_pos < self.length
+        return k_pos < within_int32(self.length)
 
 
 @leaf
@@ -922,11 +924,11 @@ class Band(Pattern):
         distance = k_pos - q_pos
         tests = []
         if self.left is not None:
-            tests.append(distance >= -self.left)
+            tests.append(distance >= within_int32(-self.left))
         if self.right is not None:
-            tests.append(distance <= self.right)
+            tests.append(distance <= within_int32(self.right))
         if self.rate > 1:
-            tests.append(distance % self.rate == 0)
+            tests.append(distance % within_int32(self.rate) == 0)
         return functools.reduce(operator.and_, tests or [distance == distance])
 
 
@@ -965,9 +967,9 @@ class Grid(Pattern):
 
     def along(self, axis, positions):
         """The coordinates of positions along an axis."""
-        behind = math.prod(self.sizes[axis:])
+        behind = within_int32(math.prod(self.sizes[axis:]))
         x = positions // behind if behind > 1 else positions
-        return x if axis == 0 else x % self.sizes[axis - 1]
+        return x if axis == 0 else x % within_int32(self.sizes[axis - 1])
 
 
 @leaf

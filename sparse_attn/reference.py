@@ -40,8 +40,9 @@ def dense_attention(
         attention_mask: bools that broadcast to `(b, h, n, m)`, or `(b, n, m)`, or `None`.
         bias: numbers of the same shapes, added to the scaled scores, or `None`.
         score_mod: a numpy function `(scores, q_pos, k_pos, head)` that is applied to
-            the scaled scores, each by itself, before the bias; or `None`. Its
-            derivative is taken from central differences.
+            the scaled scores of the allowed pairs, each by itself, before the bias; or
+            `None`. It gets and returns arrays of one axis. Its derivative is taken
+            from central differences.
         scale: a number, `d ** -0.5` by default.
         query_positions: an int, the first query's position, or `(n,)` ints.
         out_grad: `(b, n, h, e)`, the gradient of a loss by `out`, or `None`.
@@ -88,9 +89,8 @@ def dense_attention(
     slope = 1.0
     if score_mod is not None:
         where = (q_pos[:, None], np.arange(m), np.arange(h)[:, None, None])
-        step = 1e-5
-        slope = score_mod(scores + step, *where) - score_mod(scores - step, *where)
-        slope, scores = slope / (2 * step), score_mod(scores, *where)
+        scores, slope = _modify(score_mod, scores, where, allowed)
+        allowed = allowed & ~np.isneginf(scores)
     if bias is not None:
         scores = scores + _heads(bias)
     scores = np.where(allowed, scores, -np.inf)
@@ -124,6 +124,17 @@ def dense_attention(
         axes = tuple(axis for axis in range(4) if full.shape[axis] == 1)
         gradients["bias"] = by_score.sum(axis=axes, keepdims=True).reshape(np.shape(bias))
     return out, lse, gradients
+
+
+def _modify(score_mod, scores, where, allowed):
+    """`score_mod` at the allowed pairs, and its derivative, 0 at others and where it is `-inf`."""
+    where = [np.broadcast_to(x, scores.shape)[allowed] for x in where]
+    step, slope = 1e-5, np.zeros_like(scores)
+    low, found, high = (score_mod(scores[allowed] + x, *where) for x in (-step, 0, step))
+    kept = np.isfinite(found)
+    scores, slope[allowed] = scores.copy(), np.where(kept, high, 0) - np.where(kept, low, 0)
+    scores[allowed] = found
+    return scores, slope / (2 * step)
 
 
 def _sum_heads(x, repeats):

@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from sparse_attn.checks import check_int, check_positive, received, takes
+from sparse_attn.masking import at_least_lowest, is_not_masked
 from sparse_attn.tracing import gather
 
 
@@ -33,10 +34,14 @@ class ScoreMod(abc.ABC):
         tensors: the tensors or variables that `modify` gets besides, and that it may
             have to train; a tuple.
         by_distance: whether positions matter by `k_pos - q_pos` alone.
+        defined_everywhere: whether `modify` returns finite numbers, with finite
+            gradients, at every pair of positions. If not, as by default, it meets
+            the positions of allowed pairs only.
     """
 
     tensors = ()
     by_distance = False
+    defined_everywhere = False
 
     @abc.abstractmethod
     def modify(self, scores, q_pos, k_pos, head, *tensors):
@@ -51,7 +56,7 @@ class ScoreMod(abc.ABC):
 
         Returns:
             A tensor of the shape and dtype of `scores`: finite, or `-inf` to
-            forbid a pair.
+            forbid a pair, whatever the next `ScoreMod` makes of it.
         """
 
 
@@ -92,6 +97,7 @@ class ALiBi(PositionBias):
 
     num_heads: int
     by_distance = True
+    defined_everywhere = True
 
     def __post_init__(self):
         object.__setattr__(self, "num_heads", check_int("num_heads", self.num_heads, minimum=1))
@@ -130,6 +136,7 @@ class SoftCap(ScoreMod):
 
     cap: float
     by_distance = True
+    defined_everywhere = True
 
     def __post_init__(self):
         object.__setattr__(self, "cap", check_positive("cap", self.cap))
@@ -147,12 +154,19 @@ class FromFunction(ScoreMod):
     def modify(self, scores, q_pos, k_pos, head):
         found = self.function(scores, q_pos, k_pos, head)
         shape = getattr(found, "shape", None)
-        if shape is None or tuple(shape) != tuple(scores.shape):
+        if shape is None or not _may_be_equal(shape, scores.shape):
             raise ValueError(
                 "`score_mod` must give a tensor of the shape of the scores, "
                 f"{tuple(scores.shape)}. Received: {found if shape is None else tuple(shape)}"
             )
         return ops.cast(found, scores.dtype)
+
+
+def _may_be_equal(shape, other):
+    """Whether two shapes are equal, as far as their sizes are known."""
+    return len(shape) == len(other) and all(
+        None in pair or pair[0] == pair[1] for pair in zip(shape, other, strict=True)
+    )
 
 
 def read_mods(score_mod, num_heads):
@@ -202,23 +216,72 @@ def only_add(mods):
     return all(isinstance(mod, PositionBias) for mod in mods)
 
 
-def apply_mods(mods, scores, positions, tensors):
+def are_defined_everywhere(mods):
+    """Whether no pair has to be kept from any of them."""
+    return all(mod.defined_everywhere for mod in mods)
+
+
+def apply_mods(mods, scores, positions, tensors, allowed=None, example=(0, 0)):
     """`scores` after all of some mods, one after the other.
+
+    A pair that is not allowed, or that a mod before forbids, meets no mod but
+    those that are defined everywhere: neither what they would return there nor
+    its gradient, which may be infinite, reaches anything.
 
     Args:
         mods: a sequence of `ScoreMod`.
-        scores: float tensor.
+        scores: finite float tensor.
         positions: `(q_pos, k_pos, head)`.
         tensors: for each mod its tensors.
+        allowed: bool tensor that broadcasts with the scores, or `None` for all.
+        example: positions of a pair that might be allowed, where none is.
+
+    Returns:
+        `(scores, allowed)`: finite scores, any number where they are not
+        allowed; the pairs that are allowed now, or `None` for all of them.
     """
     for mod, own in zip(mods, tensors, strict=True):
-        scores = mod.modify(scores, *positions, *own)
-    return scores
+        if mod.defined_everywhere:
+            scores = mod.modify(scores, *positions, *own)
+            continue
+        if allowed is not None:
+            scores = ops.where(allowed, scores, ops.zeros((), scores.dtype))
+        found = mod.modify(scores, *at_allowed(positions, allowed, example), *own)
+        kept = is_not_masked(found)
+        allowed = kept if allowed is None else allowed & kept
+        scores = ops.where(allowed, found, ops.zeros((), found.dtype))
+    return scores, allowed
 
 
-def add_biases(mods, dtype, positions, tensors):
+def add_biases(mods, dtype, positions, tensors, allowed=None, example=(0, 0)):
     """The sum of the biases of some mods that only add; see `apply_mods`."""
+    if not are_defined_everywhere(mods):
+        positions = at_allowed(positions, allowed, example)
     found = [
         ops.cast(mod.bias(*positions, *own), dtype) for mod, own in zip(mods, tensors, strict=True)
     ]
-    return functools.reduce(ops.add, found)
+    total = functools.reduce(ops.add, found)
+    return total if are_defined_everywhere(mods) else at_least_lowest(total)
+
+
+def at_allowed(positions, allowed, example):
+    """`(q_pos, k_pos, head)`, where pairs that are not allowed have the positions of one that is.
+
+    Args are those of `apply_mods`.
+    """
+    if allowed is None:
+        return positions
+    *pair, head = positions
+    allowed = allowed & (pair[0] == pair[0]) & (pair[1] == pair[1])  # of the shape of all three
+    first = ops.argmax(ops.cast(_with_last(allowed, True), "int32"))
+    found = []
+    for x, last in zip(pair, example, strict=True):
+        values = _with_last(ops.broadcast_to(x, ops.shape(allowed)), last)
+        found.append(ops.where(allowed, x, gather(values, first, axis=0)))
+    return *found, head
+
+
+def _with_last(x, last):
+    """The entries of a tensor in one row, and another one behind them."""
+    last = ops.full((1,), last, x.dtype)
+    return ops.concatenate([ops.reshape(x, (-1,)), last])

@@ -13,7 +13,7 @@ derivatives.
 
 import operator
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -22,9 +22,15 @@ from keras import ops
 
 from sparse_attn.attend import average, log_sum_exp, score, score_gradients, weight_gradients
 from sparse_attn.layouts import Run, crop, sum_rows
-from sparse_attn.masking import MASKED, additive_mask, at_least_lowest, softmax, wide, zero_masked
+from sparse_attn.masking import additive_mask, is_not_masked, softmax, wide, zero_masked
 from sparse_attn.reshaping import rearrange
-from sparse_attn.scores import add_biases, apply_mods, is_differentiable, only_add
+from sparse_attn.scores import (
+    add_biases,
+    apply_mods,
+    are_defined_everywhere,
+    is_differentiable,
+    only_add,
+)
 from sparse_attn.tracing import (
     AT_ONCE,
     after,
@@ -115,11 +121,13 @@ class Mods:
         mods: a tuple of `ScoreMod`.
         positions: for each run `(q_pos, k_pos, head)`, which broadcast to its tiles.
         tensors: for each mod its tensors.
+        example: positions of a pair that the pattern allows.
     """
 
     mods: tuple
     positions: list
     tensors: list
+    example: tuple = (0, 0)
 
 
 def attend_tiles(
@@ -136,6 +144,7 @@ def attend_tiles(
     seeds=None,
     return_lse=False,
     zero_unanswered=False,
+    zero_unseen=False,
 ):
     """Attention over the tiles of a layout.
 
@@ -155,6 +164,8 @@ def attend_tiles(
         seeds: `(num_pieces, 2)` ints, for dropout.
         return_lse: whether `lse` is wanted.
         zero_unanswered: whether a query with no allowed key must get 0.
+        zero_unseen: whether keys and values may hold NaN or infinite numbers where
+            no query of their tile may attend to them.
 
     Returns:
         `(out, lse)` of shapes `(b, n, h, (r e))` and `(b, n, h, r)`. Where no key
@@ -182,9 +193,12 @@ def attend_tiles(
             [Mask(mask.function, tuple(next(inputs) for _ in mask.tensors)) for mask in terms]
             for terms in masks
         ]
-        given_mods = Mods(mods.mods, _like(mods.positions, inputs), tensors) if mods else None
+        given_mods = None
+        if mods:
+            given_mods = replace(mods, positions=_like(mods.positions, inputs), tensors=tensors)
         options = {"seeds": given_seeds, "dropout": dropout, "keep": keep, "repeats": repeats}
         options |= {"return_lse": return_lse, "zero_unanswered": zero_unanswered}
+        options["zero_unseen"] = zero_unseen
         return _Pieces(schedule, qkv, given_masks, given_bias, given_mods, **options)
 
     @ops.custom_gradient
@@ -474,24 +488,34 @@ class _Pieces:
         keep,
         return_lse,
         zero_unanswered,
+        zero_unseen,
     ):
         query, key, value = tensors
         self.cut, self.repeats = _Cut(schedule, query, key), repeats
         self.masks, self.bias, self.seeds, self.dropout = masks, bias, seeds, dropout
         self.mods = mods
         self.return_lse, self.zero_unanswered = return_lse, zero_unanswered
+        self.zero_unseen = zero_unseen
         self.dtype = self.score_dtype = keras.backend.standardize_dtype(query.dtype)
         # A mask adds 0 or `LOWEST`, which bfloat16 has; and all softmaxes sum it up in float32.
         if self.dtype != "bfloat16" or return_lse or bias or mods:
             self.score_dtype = wide(self.dtype)
         self.query = self.cut.query_rows(query)
         self.key, self.value = self.cut.key_rows(key), self.cut.key_rows(value)
-        self.keep, self.kept, self.tables = keep, {}, {}
+        self.keep, self.kept, self.tables, self.latest = keep, {}, {}, None
+        # Whether more is asked of a mask than its table.
+        self.need_allowed = zero_unseen or (
+            mods is not None and not are_defined_everywhere(mods.mods)
+        )
 
     def forward(self):
         (packed,), *_ = self.cut.each(self._forward)
-        self.tables.clear()
+        self._forget_masks()
         return packed
+
+    def _forget_masks(self):
+        self.tables.clear()
+        self.latest = None
 
     def _forward(self, piece):
         query, key, value = self._tiles(piece)
@@ -507,32 +531,36 @@ class _Pieces:
         """The gradients by query, key, value, each bias and each tensor of the mods."""
         out, _ = _unpack(packed, self.repeats, self.return_lse)
         d_out, d_lse = _unpack(d_packed, self.repeats, self.return_lse)
-        out, d_wide = (ops.cast(x, wide(self.dtype)) for x in (out, d_out))
-        products = rearrange(out * d_wide, "b n h (r e) -> b n h r e", r=self.repeats)
-        delta = ops.sum(products, axis=-1)
-        delta = delta if d_lse is None else delta - d_lse
+        delta = None
+        if self.dtype == wide(self.dtype):  # the rounding of a narrower output would be in it
+            products = rearrange(out * d_out, "b n h (r e) -> b n h r e", r=self.repeats)
+            delta = ops.sum(products, axis=-1)
+            delta, d_lse = delta if d_lse is None else delta - d_lse, None
         d_bias = []
         body = partial(
             self._backward,
             d_out=self.cut.query_rows(ops.cast(d_out, self.dtype)),
-            delta=self.cut.query_rows(delta),
+            rows=[None if x is None else self.cut.query_rows(x) for x in (delta, d_lse)],
             d_bias=d_bias,
         )
         (d_query,), d_keys, d_tensors = self.cut.each(body)
+        self._forget_masks()
         tensors = _flat(self.mods.tensors) if self.mods else []
         d_tensors = [ops.cast(d, x.dtype) for d, x in zip(d_tensors, tensors, strict=True)]
         return d_query, *d_keys, *d_bias, *d_tensors
 
-    def _backward(self, piece, d_out, delta, d_bias):
+    def _backward(self, piece, d_out, rows, d_bias):
         query, key, value = self._tiles(piece)
         if self.keep:
             weights, drop, answered = self.kept[piece.number]
         else:
             (weights, drop, answered), _ = self._weigh(piece, query, key)
-        d_out, delta = (self._rows(self.cut.queries(piece, x)) for x in (d_out, delta))
+        d_out, delta, d_lse = (
+            None if x is None else self._rows(self.cut.queries(piece, x)) for x in (d_out, *rows)
+        )
         if answered is not None:
             d_out = self._flat(zero_masked(self._spread(d_out), answered))
-        d_value, d_scores = weight_gradients(value, weights, drop, d_out, delta)
+        d_value, d_scores = weight_gradients(value, weights, drop, d_out, delta, d_lse)
         if self.bias:  # it comes with pieces of whole runs
             d_bias.append(_sum_to(self._spread(d_scores), self.bias[piece.run_index]))
         d_scores, d_tensors = self._through_mods(piece, query, key, d_scores)
@@ -545,7 +573,10 @@ class _Pieces:
         )
 
     def _tiles(self, piece):
-        keys = (self.cut.keys(piece, x) for x in (self.key, self.value))
+        keys = [self.cut.keys(piece, x) for x in (self.key, self.value)]
+        if self.zero_unseen:
+            seen = self._mask(piece).seen(self.repeats)
+            keys = [zero_masked(x, seen) for x in keys]
         return self._rows(self.cut.queries(piece, self.query)), *keys
 
     # Heads of queries that share keys are features of one head outside of the tiles, more rows
@@ -577,42 +608,51 @@ class _Pieces:
             the weights; `answered` says which queries have a key, or is `None`
             where that does not matter.
         """
-        mask, answered = self._mask(piece)
-        tables = [self.bias[piece.run_index]] if self.bias else []
+        mask = self._mask(piece)
+        tables, allowed = mask.tables, mask.allowed
         scores = self._spread(score(query, key, self.score_dtype))
         if self.mods and only_add(self.mods.mods):
-            tables.append(add_biases(self.mods.mods, self.score_dtype, *self._at(piece)))
+            tables = [self._mods(piece, add_biases, self.score_dtype), *tables]
         elif self.mods:
-            scores = at_least_lowest(apply_mods(self.mods.mods, scores, *self._at(piece)))
-        for table in tables + mask:
+            scores, allowed = self._mods(piece, apply_mods, scores)
+        if allowed is not mask.allowed:  # a mod may have forbidden some
+            tables = [additive_mask(allowed, self.score_dtype)]
+        if self.bias:
+            tables = [self.bias[piece.run_index], *tables]
+        for table in tables:
             scores = scores + table
         weights = softmax(scores)
         lse = log_sum_exp(scores, weights)[..., None] if return_lse else None
-        if self.zero_unanswered and self.mods and not only_add(self.mods.mods):
-            answered = ops.any(scores > MASKED, axis=-1, keepdims=True)
+        answered = mask.answered
+        if self.zero_unanswered and self.mods and not are_defined_everywhere(self.mods.mods):
+            answered = ops.any(is_not_masked(scores), axis=-1, keepdims=True)
         weights = self._flat(ops.cast(weights, self.dtype))
         return (weights, self._drop(piece, ops.shape(weights)), answered), lse
 
-    def _at(self, piece):
-        """The positions of a piece, and the tensors of the mods."""
-        positions = self.mods.positions[piece.run_index]
-        return tuple(self.cut.tile(piece, x) for x in positions), self.mods.tensors
+    def _mods(self, piece, function, first, tensors=None):
+        """`apply_mods` or `add_biases` at the pairs of a piece."""
+        mods, positions = self.mods, self.mods.positions[piece.run_index]
+        positions = tuple(self.cut.tile(piece, x) for x in positions)
+        tensors = mods.tensors if tensors is None else tensors
+        allowed = self._mask(piece).allowed
+        return function(mods.mods, first, positions, tensors, allowed, mods.example)
 
     def _through_mods(self, piece, query, key, d_scores):
         """The gradients by the scores before the mods, and by their tensors: a list."""
         if not self.mods:
             return d_scores, []
-        mods, (positions, tensors) = self.mods.mods, self._at(piece)
-        flat = _flat(tensors)
+        flat = _flat(self.mods.tensors)
 
         def bias(*flat):
-            return add_biases(mods, self.score_dtype, positions, _like(tensors, iter(flat)))
+            tensors = _like(self.mods.tensors, iter(flat))
+            return self._mods(piece, add_biases, self.score_dtype, tensors)
 
         def modify(scores, *flat):
-            return apply_mods(mods, scores, positions, _like(tensors, iter(flat)))
+            tensors = _like(self.mods.tensors, iter(flat))
+            return self._mods(piece, apply_mods, scores, tensors)[0]
 
         d_wide = ops.cast(self._spread(d_scores), self.score_dtype)
-        if not only_add(mods):
+        if not only_add(self.mods.mods):
             scores = self._spread(score(query, key, self.score_dtype))
             d_wide, *d_tensors = pull_back(modify, [scores, *flat], d_wide)
             return self._flat(ops.cast(d_wide, self.dtype)), d_tensors
@@ -621,12 +661,14 @@ class _Pieces:
         return d_scores, pull_back(bias, flat, _sum_to(d_wide, bias(*flat)))
 
     def _mask(self, piece):
-        """A list of the table that masks a piece, if any, and its `answered`."""
+        """The `_TileMask` of a piece."""
         masks = self.masks[piece.run_index]
         if not masks:
-            return [], None
+            return _TileMask()
         if self.cut.streamed:  # where it lies, only the loop knows
-            return self._make_mask(piece, masks)
+            if self.latest is None or self.latest[0] is not piece:
+                self.latest = piece, self._make_mask(piece, masks)
+            return self.latest[1]
         shared = all(x.shape[1] == 1 for mask in masks for x in mask.tensors)  # by all heads
         place = piece.run_index, piece.chunk, None if shared else piece.group
         if place not in self.tables:
@@ -636,7 +678,8 @@ class _Pieces:
     def _make_mask(self, piece, masks):
         allowed = allowed_by(masks, partial(self.cut.tile, piece))
         answered = ops.any(allowed, axis=-1, keepdims=True) if self.zero_unanswered else None
-        return [additive_mask(allowed, self.score_dtype)], answered
+        table = additive_mask(allowed, self.score_dtype)
+        return _TileMask(allowed if self.need_allowed else None, [table], answered)
 
     def _drop(self, piece, shape):
         """What dropout does to the weights of a piece; the same each time."""
@@ -650,6 +693,27 @@ class _Pieces:
             return ops.where(keep, scaled, ops.zeros((), weights.dtype))
 
         return drop
+
+
+class _TileMask(NamedTuple):
+    """What is masked in the tiles of a piece.
+
+    Args:
+        allowed: bools that broadcast with the scores; `None` where all are allowed, and
+            where nobody asks.
+        tables: the same as tables to add to the scores: one, or none.
+        answered: `(..., 1)` bools: which queries have a key; `None` where it does not matter.
+    """
+
+    allowed: object = None
+    tables: list = ()
+    answered: object = None
+
+    def seen(self, repeats):
+        """Which keys a query of their tile may attend to, `(b|1, h|1, t, j)`; `None` for all."""
+        if self.allowed is None:
+            return None
+        return ops.any(self.allowed, axis=3 if repeats == 1 else (3, 4))
 
 
 class _Seed(keras.random.SeedGenerator):

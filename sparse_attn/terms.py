@@ -93,7 +93,9 @@ rewrite.register(
 rewrite.register(Fixed, lambda pattern: Blocks(pattern.stride) | Select(keys=pattern.ends))
 rewrite.register(
     Random,
-    lambda pattern: Lists(pattern.block_size, tuple(map(tuple, pattern.lists.tolist()))),
+    lambda pattern: Lists(
+        min(pattern.block_size, pattern.length), tuple(map(tuple, pattern.lists.tolist()))
+    ),
 )
 for _kind in recipes.Recipe.__subclasses__():
     rewrite.register(_kind, lambda pattern: registered(rewrite, pattern.pattern))

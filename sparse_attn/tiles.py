@@ -4,17 +4,19 @@ import functools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from keras import ops
 
 from sparse_attn.bounds import Lists
 from sparse_attn.checks import check_tensor
-from sparse_attn.masking import MASKED, at_least_lowest
+from sparse_attn.masking import at_least_lowest, is_not_masked
 from sparse_attn.patterns import Band, Grid
 from sparse_attn.plan import axes_of, has_surplus
 from sparse_attn.reshaping import rearrange
-from sparse_attn.scores import only_add
-from sparse_attn.stream import Mask
+from sparse_attn.scores import are_defined_everywhere, tensors_of
+from sparse_attn.stream import Mask, Mods
 from sparse_attn.terms import answers_all, period
+from sparse_attn.tracing import eagerly
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Given:
         attention_mask: `(b|1, h|1, n, m)` bool tensor or `None`.
         bias: `(b|1, h|1, n, m)` float tensor or `None`.
         mods: a tuple of `ScoreMod`.
+        query_mask: `(b, n)` bool tensor, or `None` also where it does not matter within
+            tiles.
     """
 
     heads: tuple
@@ -40,12 +44,27 @@ class Given:
     attention_mask: object = None
     bias: object = None
     mods: tuple = ()
+    query_mask: object = None
+
+    def sees_all(self, pattern, n, m):
+        """Whether every valid key certainly has a valid query that may attend to it.
+
+        What another key holds, be it NaN, must not matter. Lengths that are not
+        known yet are taken to be equal.
+        """
+        of_queries, of_keys = self.segment_ids or (None, None)
+        alike = self.query_mask is self.key_mask and of_queries is of_keys
+        others = (self.q_pos, self.attention_mask, self.bias)
+        if not alike or not all(x is None for x in others):
+            return False
+        shorter = isinstance(n, int) and isinstance(m, int) and n < m
+        return not shorter and answers_all(pattern) is True
 
     @property
     def restricts(self):
         """Whether a query may be left without a key that the pattern allows."""
         given = (self.q_pos, self.key_mask, self.segment_ids, self.attention_mask, self.bias)
-        return not all(x is None for x in given) or not only_add(self.mods)
+        return not all(x is None for x in given) or not are_defined_everywhere(self.mods)
 
 
 class Tiles:
@@ -80,6 +99,11 @@ class Tiles:
                 valid = valid & keys.pick(key_mask[:, :, None, None])
             valid = layout.split_keys(valid, queries.count)
             self._restrict([rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in valid])
+        if given.query_mask is not None or not are_defined_everywhere(given.mods):
+            exists = _as_rows(queries.positions) < queries.size
+            if given.query_mask is not None:
+                exists = exists & queries.pick(given.query_mask[:, :, None, None])
+            self._restrict(layout.split_queries(exists))
         if given.segment_ids is not None:
             self._restrict(*self._segments(*given.segment_ids))
         if given.attention_mask is not None:
@@ -87,7 +111,7 @@ class Tiles:
         self.bias = []
         if given.bias is not None:
             tiles = self._at_pairs(given.bias)
-            self._restrict([x > MASKED for x in tiles])
+            self._restrict([is_not_masked(x) for x in tiles])
             self.bias = [self._spread(at_least_lowest(x)) for x in tiles]
 
     def _spread(self, x):
@@ -197,12 +221,23 @@ class Tiles:
         """A table `(b|1, h|1, n, m)` at each tile's pairs of positions."""
         rows = self.queries.pick(rearrange(x, "b h n m -> b n h m"))
         rows = self.layout.split_queries(rows)
+        columns = [k_pos for _, k_pos in self._positions]
+        if not self.keys.all_exist:  # those beyond the end are masked, whatever stands in the last
+            columns = [ops.minimum(k_pos, self.keys.size - 1) for k_pos in columns]
         return [
             ops.take_along_axis(tile, k_pos[None, None], axis=-1)
-            for tile, (_, k_pos) in zip(rows, self._positions, strict=True)
+            for tile, k_pos in zip(rows, columns, strict=True)
         ]
 
-    def positions_for(self, mods):
+    def mods(self):
+        """The `Mods` of the call, or `None`."""
+        mods = self.given.mods
+        if not mods:
+            return None
+        example = (0, 0) if are_defined_everywhere(mods) else _example(self.part.pattern)
+        return Mods(mods, self._positions_for(mods), tensors_of(mods), example)
+
+    def _positions_for(self, mods):
         """For each run `(q_pos, k_pos, head)`, which broadcast with its scores.
 
         Where distances alone matter, those of one tile serve all that are alike.
@@ -225,6 +260,15 @@ class Tiles:
         if self.given.restricts or not known or n > m:
             return False
         return answers_all(self.part.pattern) is True
+
+
+@functools.lru_cache(maxsize=256)
+def _example(pattern):
+    """Positions of a pair that a pattern allows, if there is one among the first."""
+    size = min(128, pattern.max_length or 128)
+    with eagerly():
+        pairs = np.argwhere(pattern._answer(np.arange(size), np.arange(size)))
+    return tuple(pairs[0].tolist()) if len(pairs) else (0, 0)
 
 
 def _as_it_is(mask):

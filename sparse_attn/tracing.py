@@ -53,7 +53,8 @@ def pull_back(function, tensors, upstream):
             tape.watch(tensors)
             found = function(*tensors)
         zero = tf.UnconnectedGradients.ZERO
-        return tape.gradient(found, tensors, upstream, unconnected_gradients=zero)
+        found = tape.gradient(found, tensors, upstream, unconnected_gradients=zero)
+        return [tf.convert_to_tensor(x) for x in found]  # of rows that were taken, too
     if backend == "jax":
         import jax
 

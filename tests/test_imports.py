@@ -20,7 +20,7 @@ ALLOWED = {
     "recipes": {"abc", "checks", "patterns"},
     "expressions": {"ast", "patterns", "recipes"},
     "layouts": {"functools", "itertools", "math", "dataclasses", "typing", "numpy", "reshaping"}
-    | {"keras", "tracing"},
+    | {"checks", "keras", "tracing"},
     "masking": {"functools", "keras", "reshaping", "checks", "tensors"},
     "reference": {"numpy"},
     "bounds": {"functools", "itertools", "math", "numpy", "layouts", "patterns"},
@@ -31,16 +31,17 @@ ALLOWED = {
     "costs": {"functools", "itertools", "math", "operator", "dataclasses", "numpy", "reshaping"}
     | {"keras", "bounds", "checks", "layouts", "patterns", "plan", "stream", "terms", "tracing"},
     "chosen": {"itertools", "reshaping", "keras", "layouts", "masking", "tracing"},
-    "attend": {"checks", "functools", "einops", "keras", "masking", "tensors"},
+    "attend": {"checks", "functools", "re", "einops", "keras", "masking", "tensors"},
     "tracing": {"contextlib", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "typing", "keras"}
     | {"reshaping", "attend", "layouts", "masking", "scores", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
     "show": {"argparse", "os", "pathlib", "sys", "parse_pattern", "patterns", "plan"},
-    "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks", "tracing"},
-    "tiles": {"functools", "math", "dataclasses", "reshaping", "keras", "bounds", "checks"}
-    | {"masking", "patterns", "plan", "scores", "stream", "terms"},
-    "functional": {"itertools", "dataclasses", "keras", "numpy", "einops", "attend", "bounds"}
+    "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks", "masking"}
+    | {"tracing"},
+    "tiles": {"functools", "math", "dataclasses", "reshaping", "keras", "numpy", "bounds"}
+    | {"checks", "masking", "patterns", "plan", "scores", "stream", "terms", "tracing"},
+    "functional": {"itertools", "dataclasses", "keras", "numpy", "attend", "bounds"}
     | {"checks", "chosen", "masking", "patterns", "plan", "reshaping", "scores", "stream"}
     | {"tensors", "tiles", "tracing"},
 }

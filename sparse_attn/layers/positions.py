@@ -278,6 +278,7 @@ class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
     """
 
     by_distance = True
+    defined_everywhere = True
 
     def __init__(
         self,
