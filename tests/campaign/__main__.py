@@ -14,7 +14,7 @@ import sys
 import time
 
 from tests.campaign.cases import BACKEND, GROUP, Case, case
-from tests.campaign.run import check, forget
+from tests.campaign.run import failure, forget
 
 SHARE = 400  # cases of a worker
 SECONDS = 300  # for a case
@@ -29,16 +29,6 @@ def arguments(argv):
     parser.add_argument("--mode", choices=["eager", "known", "unknown", "xla"], help="for all")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-def failure(each):
-    """What is wrong with a case, a text, or `None`."""
-    try:
-        check(each)
-    except Exception as error:
-        told = " ".join(str(error).split())
-        return told if isinstance(error, AssertionError) else f"{type(error).__name__}: {told}"
-    return None
 
 
 def work(options):
@@ -108,8 +98,9 @@ def smaller(each):
 def smallest(each):
     """A case that fails as this one does, and of which nothing can be left out."""
     kind = failure(each).split(":")[0]
-    found = [x for x in smaller(each) if (failure(x) or "").split(":")[0] == kind]
-    return smallest(found[0]) if found else each
+    found = (x for x in smaller(each) if (failure(x) or "").split(":")[0] == kind)
+    found = next(found, None)
+    return smallest(found) if found else each
 
 
 def main(argv=None):

@@ -106,17 +106,19 @@ class LogAsMod(Log):
         return _Mod(super().build(heads, table))
 
 
+@dataclass(frozen=True)
 class Slopes(Plain):
     """`ALiBi`."""
 
+    heads: int
+
     def build(self, heads, table):
-        return ALiBi(heads)
+        return ALiBi(self.heads)
 
     def values(self, s, q, k, head, table):
-        heads = s.shape[1]
-        lower = 2 ** int(np.log2(heads))
+        lower = 2 ** int(np.log2(self.heads))
         slopes = [2 ** (-8 * (i + 1) / lower) for i in range(lower)]
-        slopes += [2 ** (-4 * (2 * i + 1) / lower) for i in range(heads - lower)]
+        slopes += [2 ** (-4 * (2 * i + 1) / lower) for i in range(self.heads - lower)]
         return s - np.array(slopes)[head] * abs(q - k), np.ones_like(s), None
 
 
@@ -201,12 +203,12 @@ def _rows(x, q_pos, k_pos, head):
     return head * (2 * REACH + 1) + x.clip(k_pos - q_pos, -REACH, REACH) + REACH
 
 
-def draw(rng):
+def draw(rng, heads):
     """A tuple of mods: mostly none, sometimes several, of which one may have a table."""
     if rng.random() < 0.5:
         return ()
     kinds = [
-        Near(), Sine(), Log(), Divide(), Root(), Forbid(), ForbidAsMod(), LogAsMod(), Slopes(),
+        Near(), Sine(), Log(), Divide(), Root(), Forbid(), ForbidAsMod(), LogAsMod(), Slopes(heads),
         Cap(2.0), Cap(30.0), Added(), Added(), Times(), Times(), TimesByFunction(),
     ]  # fmt: skip
     found = []

@@ -237,7 +237,7 @@ def draw(rng, longest, heads=1):
 
 def _expression(rng, longest, depth):
     if depth == 0:
-        return _leaf(rng, longest)
+        return draw_of(None, rng, longest)
     first = _expression(rng, longest, depth - 1)
     kind = rng.random()
     if kind < 0.2:
@@ -246,7 +246,9 @@ def _expression(rng, longest, depth):
     return first & second if kind < 0.6 else first | second
 
 
-def _leaf(rng, longest):
+def draw_of(kind, rng, longest):
+    """A random pattern of a class, or of any class."""
+
     def number(low, high=9):
         """An int from `low` on: mostly small, sometimes of the length, rarely huge."""
         kind = rng.random()
@@ -282,11 +284,11 @@ def _leaf(rng, longest):
     def neighborhood():
         axes = small(1, 3)
         windows, rates = (tuple(number(x, 4) for _ in range(axes)) for x in (0, 1))
-        return Neighborhood(shape(axes), windows, rates)
+        return shape(axes), windows, rates
 
     def grid():
         sizes = tuple(number(1) for _ in range(small(1, 2)))
-        return Grid(sizes, tuple(Band(signed(), signed(), number(1, 4)) for _ in (0, *sizes)))
+        return sizes, tuple(Band(signed(), signed(), number(1, 4)) for _ in (0, *sizes))
 
     def fixed(*kinds):
         stride = number(1)
@@ -324,9 +326,8 @@ def _leaf(rng, longest):
         Digits: lambda: (small(1, 9),),
         Table: lambda: (length(),),
         Axial: lambda: (shape(small(2, 3)),),
-        Neighborhood: None,
-        Grid: None,
+        Neighborhood: neighborhood,
+        Grid: grid,
     }  # fmt: skip
-    kind = list(makers)[rng.integers(len(makers))]
-    whole = {Neighborhood: neighborhood, Grid: grid}
-    return whole[kind]() if kind in whole else kind(*makers[kind]())
+    kind = kind or list(makers)[rng.integers(len(makers))]
+    return kind(*makers[kind]())

@@ -33,6 +33,17 @@ def check(case):
         raise AssertionError("; ".join(wrong))
 
 
+def failure(case):
+    """What is wrong with a case, a text, or `None`."""
+    try:
+        check(case)
+    except Exception as error:
+        told = " ".join(str(error).split())
+        told = told if len(told) < 400 else f"{told[:150]} ... {told[-250:]}"
+        return told if isinstance(error, AssertionError) else f"{type(error).__name__}: {told}"
+    return None
+
+
 def _compare(name, x, expected, measure, case, given):
     """What is wrong with a result, as texts."""
     dtype = {"out": case.dtype, "lse": wide(case.dtype)}.get(name) or str(given[name].dtype)
@@ -204,7 +215,7 @@ def _tensorflow_gradients(case, given):
 def _tensorflow_function(key, names):
     import tensorflow as tf
 
-    unknown = {x: None for x in key.varying} if key.mode == "unknown" else {}
+    unknown = dict.fromkeys(key.varying) if key.mode == "unknown" else {}
     specs = {}
     for name, (axes, dtype) in _axes_of(key).items():
         if name in names:
