@@ -90,9 +90,7 @@ def _compare_oracles(each):
 
     def score_mod(scores, q_pos, k_pos, head):
         for mod in each.mods:
-            scores, *_ = mod.values(
-                scores, q_pos, k_pos, np.arange(each.heads)[:, None, None], None
-            )
+            scores, *_ = mod.values(scores, q_pos, k_pos, head, None)
         return scores
 
     options = {x: given.get(x) for x in ("query_mask", "key_mask", "attention_mask", "bias")}
