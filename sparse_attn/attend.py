@@ -148,11 +148,12 @@ def merge(parts):
     highest = ops.stop_gradient(functools.reduce(larger, [lse for _, lse in parts]))
     weights = [ops.exp(lse - highest) for _, lse in parts]
     total = sum(weights[1:], weights[0])
-    out = sum(
-        ops.cast((weight / total)[..., None], out.dtype) * out
+    # In float32 or wider: what is rounded here would not cancel in the gradients.
+    outs = [
+        (weight / total)[..., None] * ops.cast(out, total.dtype)
         for weight, (out, _) in zip(weights, parts, strict=True)
-    )
-    return out, highest + ops.log(total)
+    ]
+    return ops.cast(sum(outs[1:], outs[0]), parts[0][0].dtype), highest + ops.log(total)
 
 
 def join_apart(parts):

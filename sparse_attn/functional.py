@@ -251,9 +251,7 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
     else:
         parts = plan_at(pattern, given.q_pos, n, m, query.shape[-1]).parts
 
-    sees_all = given.sees_all(pattern, n, m)
-    if sees_all:
-        given = replace(given, query_mask=None)
+    zero_unseen = not given.sees_all(pattern, n, m)
     chosen = [[Chosen(x, size) for x, size in ((p.queries, n), (p.keys, m))] for p in parts]
     apart = are_apart([part.queries for part in parts])
     need_lse = return_lse or not apart
@@ -265,7 +263,7 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
     grouped = rearrange(query, "b n (g r) d -> b n g (r d)", r=given.repeats)
     found = []
     for part, (queries, keys), own, own_seeds in zip(parts, chosen, schedules, seeds, strict=True):
-        tiles = Tiles(part, own.layout, queries, keys, given)
+        tiles = Tiles(part, own.layout, queries, keys, given, by_query=zero_unseen)
         out, lse = attend_tiles(
             own,
             queries.pick(grouped),
@@ -279,7 +277,7 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
             seeds=own_seeds,
             return_lse=need_lse,
             zero_unanswered=not (need_lse or tiles.answer_all),
-            zero_unseen=not sees_all,
+            zero_unseen=zero_unseen,
         )
         out = rearrange(out, "b n g (r e) -> b n (g r) e", r=given.repeats)
         if lse is not None:

@@ -32,8 +32,7 @@ class Given:
         attention_mask: `(b|1, h|1, n, m)` bool tensor or `None`.
         bias: `(b|1, h|1, n, m)` float tensor or `None`.
         mods: a tuple of `ScoreMod`.
-        query_mask: `(b, n)` bool tensor, or `None` also where it does not matter within
-            tiles.
+        query_mask: `(b, n)` bool tensor or `None`.
     """
 
     heads: tuple
@@ -78,6 +77,7 @@ class Tiles:
         layout: its layout, perhaps cut into runs.
         queries, keys: its `Chosen` ones.
         given: a `Given`.
+        by_query: whether it matters which queries are valid, and not padding.
 
     Attributes:
         masks: for each run of the layout, a list of `Mask`: a pair is allowed
@@ -85,7 +85,7 @@ class Tiles:
         bias: for each run, float tiles; empty if there is no bias.
     """
 
-    def __init__(self, part, layout, queries, keys, given):
+    def __init__(self, part, layout, queries, keys, given, by_query=False):
         self.part, self.layout, self.queries, self.keys = part, layout, queries, keys
         self.given = given
         self.shifted = given.q_pos is not None
@@ -99,9 +99,9 @@ class Tiles:
                 valid = valid & keys.pick(key_mask[:, :, None, None])
             valid = layout.split_keys(valid, queries.count)
             self._restrict([rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in valid])
-        if given.query_mask is not None or not are_defined_everywhere(given.mods):
+        if by_query or not are_defined_everywhere(given.mods):
             exists = _as_rows(queries.positions) < queries.size
-            if given.query_mask is not None:
+            if by_query and given.query_mask is not None:
                 exists = exists & queries.pick(given.query_mask[:, :, None, None])
             self._restrict(layout.split_queries(exists))
         if given.segment_ids is not None:

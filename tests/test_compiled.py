@@ -306,3 +306,78 @@ def test_a_length_that_was_unknown_and_is_too_long_is_refused(pattern):
     with pytest.raises(tf.errors.InvalidArgumentError, match="is made for lengths up to 16"):
         plain(bad)
     assert np.isnan(xla(bad)).all()  # it has no errors
+
+
+@pytest.mark.parametrize("pattern", [Fixed(8), Global(2), Causal() & (Local(3) | Prefix(20))])
+@pytest.mark.parametrize("given_as", ["attention_mask", "bias"])
+def test_keys_beyond_the_end_are_no_pairs_of_a_mask(pattern, given_as):
+    """Where the length is unknown, chosen keys may lie beyond it."""
+    specs = [tf.TensorSpec((None, None, 2, size), FLOAT) for size in (4, 4, 3)]
+    dtype = "bool" if given_as == "attention_mask" else FLOAT
+
+    @tf.function(input_signature=[*specs, tf.TensorSpec((None, None, None), dtype)])
+    def function(q, k, v, table):
+        return sparse_attention(q, k, v, pattern, **{given_as: table})
+
+    for n in (16, 24, 10, 3):
+        q, k, v = random_inputs(n, n)
+        table = np.random.default_rng(n).random((2, n, n)) < 0.7
+        table = table if dtype == "bool" else np.where(table, 0.5, -np.inf).astype(FLOAT)
+        expected, _ = dense_attention(q, k, v, pattern, **{given_as: table})
+        close(to_numpy(function(q, k, v, table)), expected, f"n = {n}")
+
+
+@pytest.mark.parametrize(
+    "pattern", [Local(3), Neighborhood((6, 2), 1), Random(12, 2, 2), Atrous(3)], ids=repr
+)
+def test_positions_of_unknown_shape_are_as_many_as_the_queries(pattern):
+    q, k, v = random_inputs(4, 12)
+
+    @tf.function
+    def function(start):
+        positions = tf.range(start, start + 4)
+        assert positions.shape == (None,)
+        return sparse_attention(q, k, v, pattern, query_positions=positions)
+
+    expected, _ = dense_attention(q, k, v, pattern, query_positions=3)
+    close(to_numpy(function(tf.constant(3))), expected, "out")
+
+
+@pytest.mark.parametrize("pattern", [Local(3), Causal() & Strided(4)], ids=repr)
+def test_a_function_of_scores_may_lose_their_sizes(pattern):
+    def function(scores, q_pos, k_pos, head):
+        flat = 2 * tf.reshape(scores, [-1])
+        return tf.reshape(flat, tf.shape(scores))
+
+    check_function = compiled(pattern, None, False, score_mod=function)
+    q, k, v = random_inputs(13, 13)
+    mask, out_grad = np.ones((2, 13), bool), np.ones((2, 13, 2, 3), FLOAT)
+    out = check_function(q, k, v, mask, out_grad)[0]
+    close(to_numpy(out), dense_attention(2 * q, k, v, pattern)[0], "out")
+
+
+@pytest.mark.parametrize("xla", [False, True], ids=["plain", "xla"])
+@pytest.mark.parametrize("pattern", [Causal() & Local(5), Causal() & Strided(4)], ids=repr)
+def test_a_compiled_function_meets_allowed_pairs_only(pattern, xla):
+    def by_root(scores, q_pos, k_pos, head):
+        return scores * tf.sqrt(tf.cast(q_pos - k_pos, scores.dtype))
+
+    function = compiled(pattern, None, xla, score_mod=by_root)
+    q, k, v = random_inputs(29, 29)
+    mask, out_grad = random_masks(29, 29)["key_mask"], np.ones((2, 29, 2, 3), FLOAT)
+    found = [to_numpy(x) for x in function(q, k, v, mask, out_grad)]
+    options = {"key_mask": mask, "score_mod": lambda s, q, k, h: s * np.sqrt(q - k)}
+    _, lse = dense_attention(q, k, v, pattern, **options)
+    out, lse, gradients = dense_attention(
+        q, k, v, pattern, out_grad=out_grad, lse_grad=np.isfinite(lse).astype(float), **options
+    )
+    for x, y in zip(found, [out, lse, *gradients.values()], strict=True):
+        close(x, y, "compiled")
+
+
+@pytest.mark.parametrize("xla", [False, True], ids=["plain", "xla"])
+@pytest.mark.parametrize(
+    "pattern", [Local(2**40), Blocks(2**40), ~Fixed(2**33), Neighborhood((2**40, 2), 2**33)]
+)
+def test_parameters_beyond_int32_at_unknown_lengths(pattern, xla):
+    check(compiled(pattern, None, xla), pattern, 13)

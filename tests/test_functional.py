@@ -1,5 +1,7 @@
 """`sparse_attention` against the oracle: values, log-sum-exp and gradients."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -9,14 +11,22 @@ from hypothesis import strategies as st
 from sparse_attn import (
     Atrous,
     Axial,
+    Band,
     BigBird,
     Blocks,
     Causal,
+    Dilated,
+    Fixed,
     Full,
+    Global,
+    Grid,
     Local,
+    Longformer,
     Neighborhood,
     Pattern,
     Prefix,
+    Random,
+    StreamingLLM,
     Strided,
     merge_attention,
     sparse_attention,
@@ -151,6 +161,51 @@ def test_decoding_step_by_step_equals_the_whole(pattern):
         close(to_numpy(step)[:, 0], whole[:, i], f"step {i} of {pattern!r}")
 
 
+BEYOND_INT32 = [
+    Local(sys.maxsize),
+    Local((0, 2**31)),
+    Local(2**30),
+    Local(2**40) & Atrous(3),
+    Causal() & ~Local(2**31),
+    Band(-(2**40), 2**41),
+    Band(2**40, -(2**33), 7),
+    ~Atrous(2**40),
+    Strided(2**40),
+    Dilated(2**20, 2**20),
+    Blocks(2**31, 2**33),
+    Blocks(4, 2**33),
+    ~Blocks(2**40),
+    ~Prefix(2**31),
+    Prefix(2**40) & Local(3),
+    Global(2**40),
+    Longformer(2**33, 1),
+    Fixed(2**33, 2),
+    ~Fixed(2**40),
+    StreamingLLM(2**35, 4),
+    Random(20, 2**40, 3),
+    Grid((2**40, 3), (Band(), Band(1, 1), Band(0, 0))),
+    Axial((2**16, 2**16)),
+    Axial((3, 2**40)),
+    Neighborhood((2**40, 2), 2**33),
+    Neighborhood((2, 2**40), 2**33),
+]
+
+
+@pytest.mark.parametrize("positions", [None, "array"])
+@pytest.mark.parametrize("pattern", BEYOND_INT32, ids=repr)
+def test_parameters_may_be_any_ints(pattern, positions):
+    options = {} if positions is None else {"query_positions": np.arange(12)}
+    assert_equals_oracle(pattern, 12, 12, **options, **random_masks(12, 12))
+
+
+@pytest.mark.parametrize("pattern", [Local(2**30), Local(2**20) & Atrous(2)], ids=repr)
+def test_no_keys_are_gathered_beyond_those_there_are(pattern):
+    q, k, v = random_inputs(2, 12)
+    found = sparse_attention(q, k, v, pattern, query_positions=np.array([5, 2**31 - 1]))
+    expected, _ = dense_attention(q, k, v, pattern, query_positions=np.array([5, 2**31 - 1]))
+    close(to_numpy(found), expected, "out")
+
+
 # ---- Padding and rows with nothing to attend to ------------------------------
 
 
@@ -173,6 +228,95 @@ def test_what_padding_holds_changes_nothing(pattern, poison):
     np.testing.assert_array_equal(found[0], expected[0])
     for gradient, same in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_array_equal(gradient, same)
+
+
+HIDDEN = np.zeros((2, 29), bool)
+HIDDEN[0, [3, 8, 9, 28]] = HIDDEN[1, :5] = True  # keys that no query may attend to
+BY_PAIRS = np.random.default_rng(4).random((2, 2, 29, 29)) < 0.7
+BY_PAIRS &= ~HIDDEN[:, None, None]
+HIDING = {
+    "attention_mask": {"attention_mask": BY_PAIRS[:, 0]},
+    "attention_mask by head": {"attention_mask": BY_PAIRS},
+    "bias": {"bias": np.where(BY_PAIRS, 0.5, -np.inf)},
+    "segments": {"segment_ids": (np.zeros((2, 29), int), 7 * HIDDEN.astype(int))},
+    "query_mask": {
+        "query_mask": np.arange(29) >= np.array([[9], [12]]),
+        "key_mask": np.arange(29) >= np.array([[9], [0]]),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("poison", "max_score_bytes", "g"),
+    [(np.nan, 2**30, 2), (np.inf, 0, 1)],
+    ids=["kept", "streamed"],
+)
+@pytest.mark.parametrize("options", HIDING.values(), ids=HIDING)
+@pytest.mark.parametrize("pattern", [*SOME[:5], Longformer(2, 1), Random(29, 4, 2)], ids=repr)
+def test_a_key_that_no_query_may_see_may_hold_anything(
+    pattern, options, poison, max_score_bytes, g
+):
+    n = 29
+    mask = np.broadcast_to(pattern.mask(n), (2, 2, n, n))
+    if "query_mask" in options:
+        mask = mask & options["query_mask"][:, None, :, None]
+        mask = mask & options["key_mask"][:, None, None]
+    else:
+        mask = mask & ~HIDDEN[:, None, None]
+        for name in ("attention_mask", "bias"):
+            if name in options:
+                found = options[name][:, None] if options[name].ndim == 3 else options[name]
+                mask = mask & (found > -np.inf if name == "bias" else found)
+    hidden = ~mask.any(axis=2)  # by each head of queries
+    hidden = hidden if g == 2 else hidden.all(axis=1, keepdims=True)
+    assert hidden.any()
+    _check_that_keys_do_not_matter(
+        pattern, n, hidden, poison, g=g, max_score_bytes=max_score_bytes, **options
+    )
+
+
+def _check_that_keys_do_not_matter(pattern, n, hidden, poison, g=2, query=slice(None), **options):
+    """Outputs and gradients stay bit for bit, whatever the `(b, g, m)` hidden keys hold."""
+    q, k, v = random_inputs(n, n, g=g)
+    q = q[:, query]
+    cotangents = [np.random.default_rng(8).normal(size=(*q.shape[:3], v.shape[-1]))]
+
+    def function(q, k, v):
+        return [sparse_attention(q, k, v, pattern, **options)]
+
+    expected = outputs_and_gradients(function, (q, k, v), cotangents)
+    assert all(np.isfinite(x).all() for xs in expected for x in xs)
+    where = np.moveaxis(hidden, 1, 2)[..., None]
+    k, v = np.where(where, poison, k), np.where(where, poison, v)
+    found = outputs_and_gradients(function, (q, k, v), cotangents)
+    for x, y in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "first", "hidden"),
+    [
+        (Prefix(4), 0, slice(4, None)),
+        (Causal(), 0, slice(13, None)),
+        (Causal() & (Local(3) | Prefix(2)), 0, slice(13, None)),
+        (~Local(20), 0, slice(8, 9)),
+        (Band(None, -1), 0, slice(12, None)),
+        (Causal() & Local(3), 7, slice(20, None)),
+        (Causal() & Local(3), 7, slice(0, 4)),
+        (Strided(4) & Causal(), 7, slice(20, None)),
+        (Neighborhood((29,), 2), 7, slice(22, None)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("max_score_bytes", [2**30, 0], ids=["kept", "streamed"])
+def test_a_key_that_the_pattern_shows_to_no_query_may_hold_anything(
+    pattern, first, hidden, max_score_bytes
+):
+    mask = np.zeros((2, 2, 29), bool)
+    mask[..., hidden] = True
+    positions = {"query_positions": first} if first else {}
+    options = {"max_score_bytes": max_score_bytes, "query": slice(13), **positions}
+    _check_that_keys_do_not_matter(pattern, 29, mask, np.nan, **options)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

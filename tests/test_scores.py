@@ -11,9 +11,11 @@ from keras import ops
 
 from sparse_attn import (
     ALiBi,
+    Band,
     BigBird,
     Blocks,
     Causal,
+    Full,
     Global,
     Local,
     Neighborhood,
@@ -24,16 +26,19 @@ from sparse_attn import (
     SoftCap,
     Strided,
     sparse_attention,
+    stream,
 )
 from sparse_attn.reference import dense_attention
 from tests.cases import Diagonals, examples, expressions, lengths
 from tests.compare import (
+    BACKEND,
     FLOAT,
     assert_equals_oracle,
     close,
     outputs_and_gradients,
     random_inputs,
     random_masks,
+    to_numpy,
 )
 
 PATTERNS = [
@@ -236,6 +241,215 @@ def test_a_function_may_forbid_pairs():
         expected = sparse_attention(q, k, v, Local(0), attention_mask=mask, return_lse=return_lse)
         for x, y in zip(found, expected, strict=True) if return_lse else [(found, expected)]:
             np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+# ---- Pairs that are not allowed -------------------------------------------------
+
+
+def less_log(scores, q_pos, k_pos, head, ops=np):
+    return scores - ops.log(1 + q_pos - k_pos)
+
+
+def quotient(scores, q_pos, k_pos, head, ops=np):
+    return scores / (1 + q_pos - k_pos)
+
+
+def by_root(scores, q_pos, k_pos, head, ops=np):
+    return scores * ops.sqrt(q_pos - k_pos)
+
+
+def of_tensors(function):
+    """The same of tensors, where an int has no logarithm."""
+
+    def mod(scores, q_pos, k_pos, head):
+        q_pos, k_pos = (ops.cast(x, scores.dtype) for x in (q_pos, k_pos))
+        return function(scores, q_pos, k_pos, head, ops)
+
+    return mod
+
+
+class Modifies(ScoreMod):
+    """A function as a `ScoreMod`: its scores need not be kept."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def modify(self, scores, q_pos, k_pos, head):
+        return self.function(scores, q_pos, k_pos, head)
+
+
+@pytest.mark.parametrize("as_mod", [lambda x: x, Modifies, lambda x: [SoftCap(9.0), Modifies(x)]])
+@pytest.mark.parametrize("function", [less_log, quotient, by_root])
+@pytest.mark.parametrize("pattern", [p for p in PATTERNS if "Causal() &" in repr(p)] + [Causal()])
+@kept_or_not
+def test_a_function_meets_allowed_pairs_only(pattern, function, as_mod, max_score_bytes):
+    """Ahead of a query these are NaN or infinite, and so are their derivatives."""
+    mod = as_mod(of_tensors(function))
+
+    def expected(scores, *where):
+        scores = 9 * np.tanh(scores / 9) if isinstance(mod, list) else scores
+        return function(scores, *where)
+
+    for masks in (random_masks(29, 29), {"key_mask": np.arange(29) < np.array([[20], [0]])}):
+        options = {"score_mod": mod, "oracle": {"score_mod": expected}, **masks}
+        assert_equals_oracle(pattern, 29, 29, max_score_bytes=max_score_bytes, **options)
+
+
+@dataclasses.dataclass
+class Logarithms(PositionBias):
+    """A trained factor of the logarithm of the distance: a query may not attend to itself."""
+
+    factors: object
+
+    @property
+    def tensors(self):
+        return (self.factors,)
+
+    def bias(self, q_pos, k_pos, head, factors):
+        return factors[0] * ops.log(ops.cast(q_pos - k_pos, factors.dtype))
+
+
+@pytest.mark.parametrize("as_mod", [lambda x: x, lambda x: [Modifies(lambda s, *_: s), x]])
+@pytest.mark.parametrize(
+    "pattern", [Band(None, -1), Band(5, -1), Band(None, -1) & Strided(4)], ids=repr
+)
+@kept_or_not
+def test_a_trained_bias_meets_allowed_pairs_only(pattern, as_mod, max_score_bytes):
+    n = 29
+    q, k, v = random_inputs(n, n)
+    out_grad = np.random.default_rng(3).normal(size=(2, n, 2, 3)).astype(FLOAT)
+    key_mask = np.arange(n) < np.array([[20], [0]])  # nothing at all in one sequence
+
+    def function(q, k, v, factors):
+        mod = as_mod(Logarithms(factors))
+        options = {"key_mask": key_mask, "max_score_bytes": max_score_bytes}
+        return [sparse_attention(q, k, v, pattern, score_mod=mod, **options)]
+
+    (out,), found = outputs_and_gradients(function, [q, k, v, np.ones(1, FLOAT)], [out_grad])
+    logs = np.log(np.maximum(np.arange(n)[:, None] - np.arange(n), 1))
+    options = {"bias": logs[None, None], "key_mask": key_mask, "out_grad": out_grad}
+    expected, _, gradients = dense_attention(q, k, v, pattern, **options)
+    close(out, expected, "out")
+    for name, gradient in zip(("query", "key", "value"), found, strict=False):
+        close(gradient, gradients[name], name)
+    close(found[3], [(gradients["bias"] * logs).sum()], "factors")
+
+
+def forbid(scores, q_pos, k_pos, head):
+    return ops.where((q_pos + k_pos) % 2 == 1, scores, -float("inf"))
+
+
+@pytest.mark.parametrize("pattern", [Local(3), Causal() & Strided(4), Blocks(5)], ids=repr)
+@pytest.mark.parametrize("first", [forbid, Modifies(forbid)], ids=["function", "mod"])
+@kept_or_not
+def test_what_a_modification_forbids_stays_forbidden(pattern, first, max_score_bytes):
+    n, h = 29, 2
+    q, k, v = random_inputs(n, n)
+    out_grad = np.random.default_rng(3).normal(size=(2, n, h, 3)).astype(FLOAT)
+    odd = (np.arange(n)[:, None] + np.arange(n)) % 2 == 1
+
+    def function(q, k, v, factors, mask=None, first=()):
+        mods = [*first, SoftCap(2.0), Temperature(factors), ALiBi(h)]
+        options = {"attention_mask": mask, "max_score_bytes": max_score_bytes}
+        out, lse = sparse_attention(q, k, v, pattern, score_mod=mods, return_lse=True, **options)
+        return [out, ops.where(lse > -1e29, lse, ops.zeros_like(lse))]
+
+    inputs = [q, k, v, np.ones(h, FLOAT)]
+    cotangents = [out_grad, out_grad[..., 0]]
+    found, gradients = outputs_and_gradients(
+        lambda *x: function(*x, first=[first]), inputs, cotangents
+    )
+    expected, expected_gradients = outputs_and_gradients(
+        lambda *x: function(*x, mask=odd), inputs, cotangents
+    )
+    for x, y in zip(found + gradients, expected + expected_gradients, strict=True):
+        close(x, y, "what is forbidden by a mask")
+
+
+@dataclasses.dataclass
+class Steps(PositionBias):
+    """A bias for each distance, whose table is read as it is."""
+
+    table: object
+
+    @property
+    def tensors(self):
+        return (self.table,)
+
+    def bias(self, q_pos, k_pos, head, table):
+        return ops.take(table, ops.clip(k_pos - q_pos, -4, 4) + 4, axis=0)
+
+
+@dataclasses.dataclass
+class Factors(Steps, ScoreMod):
+    """A factor for each distance."""
+
+    def modify(self, scores, q_pos, k_pos, head, table):
+        return scores + self.bias(q_pos, k_pos, head, table)
+
+
+@pytest.mark.parametrize("piece", [2**24, 2**12], ids=["one", "several"])
+@pytest.mark.parametrize("given_as", ["bias", "mod", "chain", "function"])
+@kept_or_not
+def test_the_gradient_of_a_table_that_is_read_is_a_tensor(
+    given_as, max_score_bytes, piece, monkeypatch
+):
+    monkeypatch.setattr(stream, "PIECE_BYTES", piece)
+    n = 50
+    q, k, v = random_inputs(n, n)
+    out_grad = np.random.default_rng(3).normal(size=(2, n, 2, 3)).astype(FLOAT)
+
+    def function(q, k, v, table):
+        mod = {
+            "bias": Steps(table),
+            "mod": Factors(table),
+            "chain": [SoftCap(1e4), Steps(table)],
+            "function": lambda s, *where: s + Steps(table).bias(*where, table),
+        }[given_as]
+        options = {"score_mod": mod, "max_score_bytes": max_score_bytes}
+        return [sparse_attention(q, k, v, Causal() & Strided(4), **options)]
+
+    table = np.random.default_rng(4).normal(size=9).astype(FLOAT)
+    _, found = outputs_and_gradients(function, [q, k, v, table], [out_grad])
+    bias, distance = dense_bias(table[None], n, n)
+    options = {"bias": bias[None], "out_grad": out_grad}
+    gradients = dense_attention(q, k, v, Causal() & Strided(4), **options)[2]
+    by_table = np.zeros_like(table)
+    np.add.at(by_table, distance, gradients["bias"][0, 0])
+    np.testing.assert_allclose(found[3], by_table, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="others return zeros for what is not linked")
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("given_as", ["bias", "mod", "function", "table of pairs"])
+def test_what_is_trained_is_linked_to_where_its_gradient_is_0(given_as, m):
+    """With one key the weights are 1; where no pair is allowed, nothing is computed."""
+    import torch
+
+    pattern = Full() if m == 1 else Causal() & ~Causal()
+    q, k, v = (torch.tensor(x) for x in random_inputs(5, m))
+    trained = torch.ones((2, 5, m) if given_as == "table of pairs" else 9, requires_grad=True)
+    options = {
+        "bias": {"score_mod": Steps(trained)},
+        "mod": {"score_mod": Factors(trained)},
+        "function": {"score_mod": lambda s, *where: s + Steps(trained).bias(*where, trained)},
+        "table of pairs": {"bias": trained},
+    }[given_as]
+    out = sparse_attention(q, k, v, pattern, **options)
+    assert out.requires_grad
+    (gradient,) = torch.autograd.grad(out.sum(), trained)
+    assert (gradient == 0).all()
+
+
+@every_pattern
+def test_nan_is_seen(pattern):
+    """What is not a number is somebody's fault: no mask takes it for one of its own."""
+    q, k, v = random_inputs(29, 29)
+    bias = np.zeros((29, 29), "float32")
+    bias[12] = np.nan
+    assert np.isnan(to_numpy(sparse_attention(q, k, v, pattern, bias=bias))[:, 12]).all()
+    q[0, 11] = np.nan
+    assert np.isnan(to_numpy(sparse_attention(q, k, v, pattern))[0, 11]).all()
 
 
 BAD = [
