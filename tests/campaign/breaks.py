@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+from typing import NamedTuple
 from unittest import mock
 
 from keras import ops
@@ -45,17 +46,29 @@ def _turned(split_keys):
     return split
 
 
+class Break(NamedTuple):
+    """What is replaced, as `(place, name, replacement)`, and the cases that it might matter for."""
+
+    replaced: list
+    concerns: object = lambda each: True
+
+
 BREAKS = {
-    "a mask off by one": [(tiles, "_evaluate", _off_by_one)],
-    "a gradient scaled by 1.05": [(stream, "score_gradients", _scaled)],
-    "a log-sum-exp in half precision": [(functional, "public_lse", _rounded)],
-    "a dropped -inf": [
-        (tiles, "is_not_masked", lambda bias: bias == bias),
-        (tiles, "at_least_lowest", _without_forbidden),
-    ],
-    "a wrong residue": [
-        (kind, "split_keys", _turned(kind.split_keys)) for kind in (layouts.Halo, layouts.Stairs)
-    ],
+    "a mask off by one": Break([(tiles, "_evaluate", _off_by_one)]),
+    "a gradient scaled by 1.05": Break([(stream, "score_gradients", _scaled)]),
+    "a log-sum-exp in half precision": Break(
+        [(functional, "public_lse", _rounded)], lambda each: each.return_lse
+    ),
+    "a dropped -inf": Break(
+        [
+            (tiles, "is_not_masked", lambda bias: bias == bias),
+            (tiles, "at_least_lowest", _without_forbidden),
+        ],
+        lambda each: each.bias and each.bias_forbids,
+    ),
+    "a wrong residue": Break(
+        [(kind, "split_keys", _turned(kind.split_keys)) for kind in (layouts.Halo, layouts.Stairs)]
+    ),
 }
 
 
@@ -63,7 +76,7 @@ BREAKS = {
 def broken(name):
     """A context in which the package has one of `BREAKS`."""
     with contextlib.ExitStack() as stack:
-        for place, attribute, replacement in BREAKS[name]:
+        for place, attribute, replacement in BREAKS[name].replaced:
             stack.enter_context(mock.patch.object(place, attribute, replacement))
         forget()
         yield
@@ -80,7 +93,8 @@ def main(argv=None):
     print(f"{len(sound)} of {len(cases)} cases on {BACKEND} are equal to the oracle")
     for name in BREAKS:
         with broken(name):
-            seen = [each.number for each in sound if failure(each)]
+            concerned = filter(BREAKS[name].concerns, sound)
+            seen = [each.number for each in concerned if failure(each)]
         groups = len({number // GROUP for number in seen})
         print(f"{name}: seen by {len(seen)} cases, of {groups} groups", flush=True)
 

@@ -124,7 +124,8 @@ def case(seed, number, mode=None):
         "return_lse": bool(rng.random() < 0.6),
         "arrays": bool(rng.random() < 0.5),
         "max_score_bytes": pick(rng, {2**30: 2, 0: 1, 4000: 0.5}),
-        "piece_bytes": pick(rng, {2**24: 1, 4000: 1}),
+        # Several pieces, but no more than some twenty for each row of the batch.
+        "piece_bytes": pick(rng, {2**24: 1, max(2000, longest**2 * heads * 4 // 20): 1}),
         "long": bool(rng.random() < 0.8),
     }
     own = np.random.default_rng([seed, number // GROUP, number % GROUP])
