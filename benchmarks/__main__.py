@@ -24,12 +24,15 @@ def main(arguments=None):
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--report", type=Path, metavar="FILE", help="tables and plots of a JSON")
+    parser.add_argument("--bars", type=Path, metavar="FILE", help="which bars a JSON reaches")
     options = parser.parse_args(arguments)
 
+    if options.bars:
+        print(report.summary(_read(options.bars)), end="")
+        return 0
     if options.report:
-        results = json.loads(options.report.read_text(encoding="utf-8"))
         path = options.out / options.report.name if options.out else options.report
-        _finish(results, path)
+        _finish(_read(options.report), path)
         return 0
     if not sys.platform.startswith("linux"):
         parser.error(f"peaks of memory are read from Linux' /proc. Received: {sys.platform}")
@@ -46,7 +49,7 @@ def main(arguments=None):
         return 0
     gpu = _gpu_name(parser) if options.device == "gpu" else None
     path = (options.out or ROOT / "docs") / f"benchmarks{'-gpu' if gpu else ''}.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
+    results = _read(path) if path.exists() else {"rows": {}}
     results["title"] = f"Benchmarks on {gpu}" if gpu else "Benchmarks"
     results["command"] = f"python -m benchmarks{' --device gpu' if gpu else ''}"
     if options.quick:
@@ -84,6 +87,10 @@ def _measured(rows, rounds, gpu):
             for claim in report.claims(row.name, stored):
                 bar.write(" | ".join(filter(None, (row.name, *claim))))
             yield row.name, stored
+
+
+def _read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _finish(results, path):

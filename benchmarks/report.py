@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.contenders import CONTENDERS
 from benchmarks.rows import FULL, LOCAL, exponent
 
-# How a quantity and its limit are said.
+# How a quantity and its limit are said to the maintainers, in the terms of the bar.
 QUANTITIES = {
     "time": ("{:.2f} of its time", "≤ {:.3g}"),
     "speed": ("{:.1f} times as fast", "≥ {:.3g}"),
@@ -19,6 +19,37 @@ QUANTITIES = {
     "exponent of memory": ("memory ~ n^{:.2f}", "≤ {:.3g}"),
     "share": ("{:.0%} of its rate", "≥ {:.0%}"),
 }
+# The comparisons of the page: a title, what is said of them, and how the names of their rows start.
+# A row is in the last section whose text its name starts with.
+SECTIONS = [
+    ("Attention", "On tensors that are projected already, `(1, n, 8, 64)`.", [""]),
+    (
+        "Layers",
+        "With the projections of queries, keys, values and output.",
+        ["layer", "Longformer"],
+    ),
+    (
+        "Short sequences",
+        "At 128 positions a pattern saves nothing: this shows the overhead beside dense attention.",
+        ["short"],
+    ),
+    (
+        "Memory of long sequences",
+        "The most memory that the process had at any time, with Python and the framework.",
+        ["memory"],
+    ),
+    (
+        "Share of the arithmetic peak",
+        "Operations on allowed pairs in a second, beside those of a large matrix product in one.",
+        ["share"],
+    ),
+    (
+        "Tile widths",
+        "The tiles that a plan chooses, beside tiles half and twice as wide.",
+        ["tiles"],
+    ),
+    ("Growth", "", ["growth"]),
+]
 # What is plotted: its key in a measurement, and its unit.
 PLOTS = {"time": ("seconds", 1e3, "milliseconds"), "memory": ("above", 1e-6, "MB above the start")}
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for the yellow, too pale.
@@ -58,14 +89,29 @@ def claims(name, row):
     """What a row says, a tuple of str for each bar: contender, peer, measured, bar, reached."""
     for bar in row["bars"]:
         measured, limit = QUANTITIES[bar["quantity"]]
-        peer = "" if bar["against"] is None else _label(name, row, bar["against"])
         yield (
-            _label(name, row, bar["of"]),
-            peer,
+            *_contender_and_peer(name, row, bar),
             "failed" if bar["value"] is None else measured.format(bar["value"]),
             "" if bar["limit"] is None else limit.format(bar["limit"]),
             {True: "yes", False: "no", None: ""}[reached(bar)],
         )
+
+
+def _contender_and_peer(name, row, bar):
+    peer = "" if bar["against"] is None else _label(name, row, bar["against"])
+    return _label(name, row, bar["of"]), peer
+
+
+def result(bar):
+    """What was measured, as the page says it: times are all said as speeds."""
+    value = bar["value"]
+    if value is None:
+        return "failed"
+    if bar["quantity"] not in ("time", "speed"):
+        return QUANTITIES[bar["quantity"]][0].format(value)
+    speed = 1 / value if bar["quantity"] == "time" else value
+    digits = 2 if round(speed, 2) < 1 else 1 if speed < 10 else 0
+    return f"{speed:.{digits}f} times as fast"
 
 
 def _label(name, row, index):
@@ -80,16 +126,27 @@ def _label(name, row, index):
     return ", ".join(parts)
 
 
-def summary(results, bars=True):
-    """What was reached of the bars, or what has none, as a Markdown table of ratios: a str."""
-    head = ["work", "contender", "against", "measured", *(["bar", "reached"] if bars else [])]
+def summary(results):
+    """What was reached of the bars, for the maintainers: a Markdown table, a str."""
     lines = [
-        (name, *claim[: len(head) - 1])
+        (name, *claim)
         for name, row in results["rows"].items()
         for claim in claims(name, row)
-        if bool(claim[3]) == bars
+        if claim[3]
     ]
-    return _table(head, lines)
+    return _table(["work", "contender", "against", "measured", "bar", "reached"], lines)
+
+
+def comparisons(rows):
+    """The ratios of some rows as a Markdown table, a str."""
+    lines = []
+    for name, row in rows.items():
+        for bar in row["bars"]:
+            contender, peer = _contender_and_peer(name, row, bar)
+            lines.append((name, contender, result(bar), peer))
+    columns = 4 if any(line[3] for line in lines) else 3
+    head = ["work", "contender", "result", "compared with"]
+    return _table(head[:columns], [line[:columns] for line in lines])
 
 
 def _table(head, lines):
@@ -101,35 +158,66 @@ def _table(head, lines):
 
 def markdown(results, images):
     """The page: a str. `images` has the file names of the plots of time and memory."""
-    rows = results["rows"]
     parts = [
         f"# {results['title']}",
-        f"Made by `{results['command']}`. Batch 1, 8 heads of 64, float32 unless it says so. The "
-        "contenders of a row take turns, each in a process of its own; its time is the median "
-        "over the turns. Every contender's results were compared with a float64 oracle first. "
-        "Training is forward and the gradients of all inputs and weights, without an optimizer.",
-        "## Bars",
-        summary(results),
-        "## Without a bar",
-        summary(results, bars=False),
-        "## Growth",
-        f"Of `{LOCAL}` where nothing else is said. Memory is what a process has above that before "
-        "its first call; compiling counts. A slope is the exponent of n. A curve ends where memory "
-        "or patience would: a long one has three turns, whose times spread more.",
-        *[f"![{what} against n]({image})" for what, image in images.items()],
-        slopes(results),
-        "## Measurements",
-        "Milliseconds of a call; useful GFLOP/s, in which masked pairs do not count and training "
-        "counts as 3.5 forward passes, as if scores were always computed twice (kept weights need "
-        "3); MB at the peak of the whole process, and above its start (on a GPU, of its memory); "
-        "the largest error of a row, beside a typical row.",
-        *[f"### {name}\n\n{_measurements(name, row)}" for name, row in rows.items()],
+        "Each table says how a contender compares with another one at the same work. In the names "
+        "of the work, n is the number of positions, and a pattern is written as in Python: "
+        "`Local(256)` is a window of 256 positions on each side. The contenders are described "
+        "[below](#contenders).",
+        "## How it was measured",
+        "Batch 1, 8 heads of 64 features, float32 unless it says otherwise. Training is a forward "
+        "pass and the gradients of all inputs and weights, without an optimizer. The contenders "
+        "of a row take turns, each in a process of its own and on the same inputs; its time is "
+        "the median over the turns. Before that, its results are compared with a float64 "
+        f"reference. `{results['command']}` measures all of it and writes this page.",
+        "Under each table all measurements can be unfolded. There ms is milliseconds of a call; "
+        "GFLOP/s counts operations on allowed pairs, where training counts as 3.5 forward passes; "
+        "peak MB is the most memory of the whole process (on a GPU: of the GPU), and above is "
+        "what of it came after its start; error is the largest error of a row of the result, "
+        "relative to a typical row.",
+    ]
+    for title, text, _ in SECTIONS:
+        rows = {name: row for name, row in results["rows"].items() if section(name) == title}
+        if title == "Growth":
+            parts += [f"## {title}", *growth(results, images)]
+        elif rows:
+            parts += [f"## {title}", text, comparisons(rows)]
+        if rows:
+            parts += measured(rows)
+    parts += [
         "## Contenders",
-        _contenders(rows),
-        "## Machines and versions",
-        _machines(rows),
+        _contenders(results["rows"]),
+        "## Machine and versions",
+        _machines(results["rows"]),
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def section(name):
+    """The title of the section of a row."""
+    titles = [title for title, _, starts in SECTIONS if name.startswith(tuple(starts))]
+    return titles[-1]
+
+
+def growth(results, images):
+    """What is said of the growth with the length: a list of str."""
+    return [
+        f"Of `{LOCAL}` where nothing else is said. Memory is what a process takes above what it "
+        "had before its first call; that includes what compiling takes. A slope is the exponent "
+        "of n: 1 is linear and 2 is quadratic. A curve ends where the memory of the machine does, "
+        "or where a call takes too long. Points of long sequences are medians of three turns only.",
+        *[f"![{what} against n]({image})" for what, image in images.items()],
+        slopes(results),
+    ]
+
+
+def measured(rows):
+    """What was measured in some rows, folded away: a list of str."""
+    return [
+        "<details>\n<summary>All measurements of this section</summary>",
+        *[f"**{name}**\n\n{_measurements(name, row)}" for name, row in rows.items()],
+        "</details>",
+    ]
 
 
 def _measurements(name, row):
@@ -159,11 +247,13 @@ def _machines(rows):
     groups = defaultdict(list)
     for name, row in rows.items():
         known = [", ".join(f"{k} {v}" for k, v in row[x].items()) for x in ("machine", "versions")]
-        groups[row["date"], *known].append(name)
-    lines = [
-        f"- {date}: {machine}; {versions}. Rows: {'all' if len(groups) == 1 else '; '.join(names)}"
-        for (date, machine, versions), names in groups.items()
-    ]
+        groups[*known].append(name)
+    lines = []
+    for known, names in groups.items():
+        dates = [rows[name]["date"] for name in names]
+        when = " to ".join(dict.fromkeys([min(dates), max(dates)]))
+        where = "" if len(groups) == 1 else f" Rows: {'; '.join(names)}"
+        lines.append(f"- {when}: {'; '.join(known)}.{where}")
     return "\n".join(lines)
 
 
@@ -194,18 +284,19 @@ def slopes(results):
 
 
 def plot(results, what):
-    """Time or memory against n, forward and training side by side: a str, an SVG document."""
+    """Time or memory against n, forward above training: a str, an SVG document.
+
+    It is narrow, so that it can be read on a phone.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     key, scale, unit = PLOTS[what]
     found = curves(results)
     labels = sorted({label for label, _ in found}, key=lambda x: (not _is_ours(x), x))
-    with matplotlib.rc_context({"svg.hashsalt": "sparse_attn", "font.size": 11}):
-        figure = Figure(figsize=(11, 7), layout="constrained")
-        for axis, task in zip(
-            figure.subplots(1, 2, sharey=True), ("forward", "training"), strict=True
-        ):
+    with matplotlib.rc_context({"svg.hashsalt": "sparse_attn", "font.size": 12}):
+        figure = Figure(figsize=(5.6, 11), layout="constrained")
+        for axis, task in zip(figure.subplots(2, 1), ("forward", "training"), strict=True):
             ticks = sorted({m["job"]["n"] for (_, t), points in found.items() for m in points})
             for i, label in enumerate(labels):
                 if points := found.get((label, task)):
@@ -217,7 +308,7 @@ def plot(results, what):
                         linestyle="-" if _is_ours(label) else "--",
                         label=f"{label}, slope {_slope(points, key)}",
                     )
-            axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+            axis.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else n for n in ticks])
             axis.set_xticks([], minor=True)
             axis.set(title=task, xlabel="n", ylabel=unit)
             axis.grid(alpha=0.3)

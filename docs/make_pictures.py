@@ -6,9 +6,10 @@ from pathlib import Path
 from sparse_attn import parse_pattern
 
 HERE = Path(__file__).parent
-README = [
-    ["Causal()", "Local(6)", "Atrous(4)"],
-    ["Causal() & Strided(8)", "Causal() & (Local(4) | Prefix(2))", "Blocks(8)"],
+# The cover: in each row patterns, and the lines of a caption.
+COVER = [
+    [["Causal()"], ["Local(6)"], ["Atrous(4)"]],
+    [["Causal() &", "Strided(8)"], ["Causal() &", "(Local(4) |", " Prefix(2))"], ["Blocks(8)"]],
 ]
 POSITIONS = 48
 # An example of each pattern, and at how many positions it is drawn.
@@ -43,16 +44,15 @@ COMBINED = {
     "Local((12, 0)) & ~Atrous(2)": 48,
     "Blocks(8, reach=1) | Global(2)": 48,
 }
-COLUMNS = 3  # of the gallery
+COLUMNS = 3  # of the gallery, where a page does not lay it out anew
 SIDE = 192  # of one pattern's own SVG, at 48 positions
-SCALE = 1.25
-GAP = 40
-LABEL = 52  # height below a pattern
+# Of the cover, in its own units. At 343 pixels across, what a phone has, captions are 11 high.
+GAP, FONT, LINE = 16, 20, 24
 
 
 def files():
     """What is drawn: a dict of paths and their text."""
-    drawn = {HERE / "pattern.svg": side_by_side(README)}
+    drawn = {HERE / "pattern.svg": side_by_side(COVER)}
     lines = ["# Gallery", "", "Queries go down and keys across; what is dark may be attended."]
     for title, examples in (("Patterns", EXAMPLES), ("Combinations", COMBINED)):
         cells = []
@@ -61,33 +61,32 @@ def files():
             drawing = parse_pattern(code).svg(positions, cells=positions)
             drawn[HERE / "pictures" / f"{name}.svg"] = drawing + "\n"
             code = code.replace("|", "\\|")
-            cells.append((f"![{code}](pictures/{name}.svg)", f"`{code}`"))
+            cells.append(f"![{code}](pictures/{name}.svg)<br>`{code}`")
         lines += ["", f"## {title}", "", "|" + " |" * COLUMNS, "|" + "---|" * COLUMNS]
         for start in range(0, len(cells), COLUMNS):
-            for row in zip(*cells[start : start + COLUMNS], strict=True):
-                lines.append(f"| {' | '.join(row)} |")
+            lines.append(f"| {' | '.join(cells[start : start + COLUMNS])} |")
     return {**drawn, HERE / "gallery.md": "\n".join(lines) + "\n"}
 
 
-def side_by_side(lines):
-    """Patterns in lines, each with its code under it: a str, an SVG document."""
-    step = SIDE * SCALE + GAP
-    line = SIDE * SCALE + LABEL
-    width = GAP + step * len(lines[0])
-    height = GAP + line * len(lines)
-    pieces = []
-    for row, names in enumerate(lines):
-        for column, name in enumerate(names):
-            x, y = GAP + column * step, GAP + row * line
-            drawing = parse_pattern(name).svg(POSITIONS, cells=POSITIONS)
-            pieces.append(f'<g transform="translate({x:g} {y:g}) scale({SCALE})">{drawing}</g>')
-            pieces.append(f'<text x="{x + SIDE * SCALE / 2:g}" y="{y + SIDE * SCALE + 22:g}">')
-            pieces.append(f"{escape(name)}</text>")
+def side_by_side(rows):
+    """Patterns in rows, each with its code under it: a str, an SVG document."""
+    width = GAP + (SIDE + GAP) * len(rows[0])
+    y, pieces = GAP, []
+    for captions in rows:
+        for column, lines in enumerate(captions):
+            x = GAP + column * (SIDE + GAP)
+            drawing = parse_pattern(" ".join(lines)).svg(POSITIONS, cells=POSITIONS)
+            pieces.append(f'<g transform="translate({x} {y})">{drawing}</g>')
+            for number, line in enumerate(lines, start=1):
+                at = f'x="{x + SIDE // 2}" y="{y + SIDE + number * LINE}"'
+                pieces.append(f'<text {at} xml:space="preserve">{escape(line)}</text>')
+        y += SIDE + max(map(len, captions)) * LINE + 2 * GAP
+    height = y - GAP // 2
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
-        f'width="{width:g}" height="{height:g}" font-family="monospace" font-size="13" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-family="monospace" font-size="{FONT}" '
         f'text-anchor="middle" fill="#1f2328"><title>Patterns of sparse_attn: queries down, '
-        f'keys across</title><rect width="{width:g}" height="{height:g}" fill="#ffffff"/>'
+        f'keys across</title><rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>'
         f"{''.join(pieces)}</svg>\n"
     )
 

@@ -1,5 +1,8 @@
 """Sparse attention for Keras: a pattern says which pairs of positions may attend."""
 
+from sparse_attn import _startup  # before the frameworks
+
+# isort: split
 import keras as _keras
 
 from sparse_attn import layers, masking, reference
@@ -31,6 +34,8 @@ from sparse_attn.plan import plan
 from sparse_attn.recipes import BigBird, Longformer, PrefixLM, SparseTransformer, StreamingLLM
 from sparse_attn.scores import ALiBi, PositionBias, ScoreMod, SoftCap
 
+# Not `layers`, `masking`, `reference`, `plan` and `__version__`: `import *` must not overwrite what
+# a program has under such names, as after `from keras import layers`. All five are public too.
 __all__ = [
     "ALiBi",
     "Atrous",
@@ -58,13 +63,8 @@ __all__ = [
     "SparseTransformer",
     "StreamingLLM",
     "Strided",
-    "__version__",
-    "layers",
-    "masking",
     "merge_attention",
     "parse_pattern",
-    "plan",
-    "reference",
     "sparse_attention",
 ]
 

@@ -1,106 +1,99 @@
-"""Train a small language model on the bytes of real text.
+"""Train a small language model on the bytes of real text, or show a pattern.
 
-Every position looks at the bytes just before it, and at every 64th one back to
-the start: a length of thousands of bytes stays cheap on a laptop.
-`python -m sparse_attn show PATTERN` shows a pattern instead.
+Every position of the model looks at the bytes just before it, and at every 64th
+one back to the start: a length of thousands of bytes stays cheap on a laptop.
 """
 
 import argparse
 import math
 import sys
-import sysconfig
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import layers
 
-from sparse_attn import Causal, Local, Strided, parse_pattern, plan
+from sparse_attn import Causal, Local, PerHead, Strided, __version__, parse_pattern, plan
 from sparse_attn.layers import SelfAttention
-from sparse_attn.show import show
+from sparse_attn.show import add_show
+from sparse_attn.terminal import draw, output_file, positive_int, printable, quiet_ends, say, wrap
+from sparse_attn.training import Progress, read_text, save_model, unigram_entropy, windows
 
 WIDTH, HEADS, BLOCKS = 128, 4, 4
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["show"]:
-        show(argv[1:])
-        return
-    parser = argparse.ArgumentParser(prog="python -m sparse_attn", description=__doc__)
-    parser.add_argument("--text", type=Path, help="a file, or a folder of .py and .txt files")
-    parser.add_argument("--steps", type=positive_int, default=240, help="of training (%(default)s)")
-    parser.add_argument("--length", type=positive_int, default=4096, help="in bytes (%(default)s)")
-    parser.add_argument("--pattern", help="of every block, such as 'Local(64) | Prefix(4)'")
-    parser.add_argument("--save", type=keras_file, metavar="MODEL.keras")
-    arguments = parser.parse_args(argv)
-    length, steps = arguments.length, arguments.steps
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
+        argv = ["train", *argv]
+    told = "The options of a command: python -m sparse_attn COMMAND --help"
+    parser = argparse.ArgumentParser("python -m sparse_attn", description=__doc__, epilog=told)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_train(commands)
+    add_show(commands)
+    with quiet_ends():
+        options = parser.parse_args(argv)
+        return options.run(options)
+
+
+def add_train(commands):
+    """The command `train` of the command line."""
+    about = "Train a small language model; so does no command at all."
+    parser = commands.add_parser("train", help=about, description=about)
+    add, text = parser.add_argument, "a file or a folder of .py and .txt files (Python's own)"
+    add("--text", type=Path, metavar="PATH", help=text)
+    add("--steps", type=positive_int, default=240, metavar="N", help="of training (%(default)s)")
+    add("--length", type=positive_int, default=4096, metavar="N", help="in bytes (%(default)s)")
+    add("--pattern", help="of every block, such as 'Local(64) | Prefix(4)'; it is made causal")
+    add("--save", type=output_file(".keras"), metavar="MODEL.keras", help="save the model there")
+    parser.set_defaults(run=train, parser=parser)
+
+
+def train(options):
+    """Train, print what comes of it, and return the exit status."""
+    length, steps = options.length, options.steps
     patterns = [Causal() & Local(128), Causal() & Strided(64)]
     try:
-        if arguments.pattern is not None:
-            patterns = [Causal() & parse_pattern(arguments.pattern)]
-        shares = [plan(pattern, length).share for pattern in patterns]
-        train, held_out = read_text(arguments.text, length)
-    except (OSError, TypeError, ValueError) as error:
-        parser.error(str(error))
+        argument = "--text"
+        text, held_out, notes = read_text(options.text, length)
+        argument = "--pattern"
+        if options.pattern is not None:
+            patterns = [Causal() & parse_pattern(options.pattern)]
+        each = heads(patterns)
+        shares = [plan(pattern, length).share for pattern in each]
+    except (TypeError, ValueError) as error:
+        options.parser.error(f"argument {argument}: {error}")
     keras.utils.set_random_seed(0)
 
-    print(f"Text: {len(train):,} bytes to train on, {len(held_out):,} held out")
-    for pattern, share in zip(patterns, shares, strict=True):
-        print(f"{share:.1%} of all pairs are scored in {pattern}")
+    notes = [f"Text: {len(text):,} bytes to train on, {len(held_out):,} held out", *notes]
     shown = min(length, 512)
-    print(f"The first {shown} positions, queries down and keys across:\n")
-    for lines in zip(*(p.text(shown, width=48).splitlines() for p in patterns), strict=True):
-        print("    ".join(f"{line:48}" for line in lines).rstrip())
+    for pattern, share in zip(each, shares, strict=True):
+        notes.append(f"{share:.1%} of all pairs are scored in {pattern}")
+    notes.append(f"The first {shown} positions, queries down and keys across:")
+    say(wrap("\n".join(notes), 2) + "\n\n" + draw(each, shown))
 
     model = make_model(patterns, steps)
     test = windows(held_out, 8, length)
     before = bits_per_byte(model, *test)
-    print(f"\nTraining {model.count_params():,} weights, {steps} steps of {length:,} bytes:")
-    model.fit(*windows(train, steps, length), batch_size=1, shuffle=False)
+    weights = f"{model.count_params():,} weights"
+    say(wrap(f"\nTraining {weights}, {steps} steps of {length:,} bytes:", 2))
+    with Progress(steps) as progress:
+        data = windows(text, steps, length)
+        model.fit(*data, batch_size=1, shuffle=False, verbose=0, callbacks=[progress])
+    status = save_model(model, options.save, progress)
     after = bits_per_byte(model, *test)
-    print(f"\nBits per byte on held-out text: {before:.2f} before and {after:.2f} after training")
-    print(f"The entropy of single bytes:    {unigram_entropy(held_out):.2f}")
-    print("\nA sample:\n" + sample(model, "import os\n\n\ndef ", shown))
-    if arguments.save:
-        model.save(arguments.save)
-        print(f"\nSaved to {arguments.save}")
+    result = f"Bits per byte on held-out text: {before:.2f} before and {after:.2f} after training"
+    say(wrap(f"\n{result}\nThe entropy of single bytes:    {unigram_entropy(held_out):.2f}", 2))
+    if not progress.is_stopped:
+        say("\nA sample:\n" + printable(sample(model, "import os\n\n\ndef ", shown)))
+    return status
 
 
-def positive_int(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def keras_file(text):
-    if not text.endswith(".keras") or not Path(text).absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a .keras file in a folder that exists: {text}")
-    return text
-
-
-def read_text(path, length):
-    """Bytes to train on and bytes held out: whole files of a folder, the end of a file."""
-    path = Path(sysconfig.get_path("stdlib")) if path is None else path
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".py", ".txt"))
-        files = [f for f in files if not {"site-packages", "test", "tests"} & set(f.parts)]
-        order = np.random.default_rng(0).permutation(len(files))
-        text = b"\n".join(files[i].read_bytes() for i in order)
-    else:
-        text = path.read_bytes()
-    if len(text) <= 10 * (length + 1):
-        requirement = f"more than {10 * (length + 1)} bytes"
-        raise ValueError(f"`--text` must hold {requirement}. Received: {path}, {len(text)} bytes")
-    data = np.frombuffer(text, "uint8")
-    return np.split(data, [len(data) * 9 // 10])
-
-
-def windows(data, count, length):
-    """Random stretches of text, and the same ones a byte later."""
-    starts = np.random.default_rng(1).integers(0, len(data) - length, count)
-    stretches = np.stack([data[start : start + length + 1] for start in starts]).astype("int32")
-    return stretches[:, :-1], stretches[:, 1:]
+def heads(patterns):
+    """The distinct patterns of all heads."""
+    of_heads = [PerHead([p]) if not isinstance(p, PerHead) else p for p in patterns]
+    return list(dict.fromkeys(each for p in of_heads for each in p.groups(HEADS)))
 
 
 def make_model(patterns, steps):
@@ -129,11 +122,6 @@ def bits_per_byte(model, x, y):
     return model.evaluate(x, y, batch_size=1, verbose=0) / math.log(2)
 
 
-def unigram_entropy(data):
-    share = np.bincount(data) / len(data)
-    return -sum(share * np.log2(share, where=share > 0, out=np.zeros(len(share))))
-
-
 def sample(model, prompt, length, count=300, temperature=0.8):
     """Continue the prompt. A causal model does not see what stands after a position."""
     prompt, text = prompt[: length - 1], np.zeros((1, length), "int32")
@@ -146,4 +134,4 @@ def sample(model, prompt, length, count=300, temperature=0.8):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,7 @@
 """Attention within tiles, and the merge of parts by log-sum-exp."""
 
 import functools
-import re
 
-import einops
 import keras
 from keras import ops
 
@@ -17,20 +15,7 @@ from sparse_attn.masking import (
     zero_masked,
 )
 from sparse_attn.tensors import to_tensor
-
-
-def product(x, y, pattern):
-    """Products of the matrices in the last two axes, over one of these: `einops.einsum`.
-
-    TensorFlow's own sums of products, unlike its matrix product, add float16 up in float16.
-    """
-    if keras.backend.backend() != "tensorflow":
-        return einops.einsum(x, y, pattern)
-    import tensorflow as tf
-
-    of_x, of_y, of_both = (part.split() for part in re.split("->|,", pattern))
-    (summed,) = set(of_x) - set(of_both)
-    return tf.matmul(x, y, transpose_a=of_x[-2] == summed, transpose_b=of_y[-1] == summed)
+from sparse_attn.tracing import custom_gradient, product
 
 
 def score(query, key, dtype):
@@ -59,7 +44,7 @@ def log_sum_exp(scores, weights):
 
     if keras.backend.backend() == "torch":  # which has no XLA, and exports no such gradient
         return found(scores, weights)[0]
-    return ops.custom_gradient(found)(scores, weights)
+    return custom_gradient(found)(scores, weights)
 
 
 def average(weights, value):

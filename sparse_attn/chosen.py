@@ -7,7 +7,7 @@ from keras import ops
 from sparse_attn.layouts import crop
 from sparse_attn.masking import zero_masked
 from sparse_attn.reshaping import rearrange
-from sparse_attn.tracing import gather, most, size_of
+from sparse_attn.tracing import custom_gradient, gather, most, size_of
 
 
 class Chosen:
@@ -87,7 +87,7 @@ def _pick(x, rows, back):
     The gradient is a pick as well: what frameworks do instead is slow.
     """
 
-    @ops.custom_gradient
+    @custom_gradient
     def pick(x, rows, back):
         count = size_of(x, 1)
         inside = (rows >= 0) & (rows < count)

@@ -70,7 +70,7 @@ class Cost:
             Beside a `PerHead`, of as many patterns.
         beats_dense_from: the least length at which the plan scores less than dense
             attention, found by halving from powers of two: a few lengths beyond
-            it may be dense again. `None` if there is none up to `length` and,
+            it may be dense again. `None` if there is none up to `n` and,
             where every predicate is known, 2**20.
     """
 
@@ -84,6 +84,18 @@ class Cost:
     beats_dense_from: int | None = None
 
     def __str__(self):
+        return self.table()
+
+    def table(self, width=80):
+        """The cost as lines of text.
+
+        Args:
+            width: characters of a line. Where lines would be longer, what a line is
+                about stands above it.
+
+        Returns:
+            A str of lines.
+        """
         rows = [("", "pattern", *(["dense", "ratio"] if self.dense else []))]
         for field in fields(self)[:6]:
             found = getattr(self, field.name)
@@ -92,11 +104,14 @@ class Cost:
                 other = getattr(self.dense, field.name)
                 row += [_short(field.name, other), f"{found / other:.3f}"]
             rows.append(row)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-            for row in rows
-        ]
+        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        is_wide = first + sum(widths) + 2 * len(widths) > width
+        lines = []
+        for name, *values in rows:
+            if is_wide and name:
+                lines.append(name)
+            name = "" if is_wide else name.ljust(first)
+            lines.append(f"{name}  {'  '.join(map(str.rjust, values, widths))}")
         if self.dense:
             start = self.beats_dense_from
             known = start is not None
@@ -117,9 +132,9 @@ def _short(name, value):
     return f"{value:,}"
 
 
-def cost(pattern, length, num_heads, head_dim, dtype, batch):
+def cost(pattern, n, num_heads, head_dim, dtype, batch):
     """See `Pattern.cost`."""
-    length = check_int("length", length, minimum=1)
+    n = check_int("n", n, minimum=1)
     num_heads = check_int("num_heads", num_heads, minimum=1)
     head_dim = check_int("head_dim", head_dim, minimum=1)
     batch = check_int("batch", batch, minimum=1)
@@ -127,10 +142,10 @@ def cost(pattern, length, num_heads, head_dim, dtype, batch):
         raise TypeError(received("dtype", f"one of {list(SIZES)}", dtype))
     if dtype not in SIZES:
         raise ValueError(received("dtype", f"one of {list(SIZES)}", dtype))
-    pattern.check_lengths(length, length)
-    call = _Call(length, num_heads, head_dim, dtype, batch)
+    pattern.check_lengths(n, n)
+    call = _Call(n, num_heads, head_dim, dtype, batch)
     dense = PerHead([Full()] * len(_patterns(pattern)))  # as many pairs to compare with
-    start = min_length_that_beats_dense(pattern, length)
+    start = min_length_that_beats_dense(pattern, n)
     return replace(call.cost(pattern), dense=call.cost(dense), beats_dense_from=start)
 
 
@@ -142,7 +157,7 @@ def _patterns(pattern):
 class _Call:
     """A call of `sparse_attention`, but for its pattern."""
 
-    length: int
+    n: int
     num_heads: int
     head_dim: int
     dtype: str
@@ -150,7 +165,7 @@ class _Call:
 
     def cost(self, pattern):
         """A `Cost` alone."""
-        n, patterns = self.length, _patterns(pattern)
+        n, patterns = self.n, _patterns(pattern)
         is_shared = isinstance(pattern, PerHead)
         groups = pattern.groups(self.num_heads) if is_shared else {pattern: range(self.num_heads)}
         plans = {each: plan(each, n) for each in groups}
@@ -170,7 +185,7 @@ class _Call:
     def _amounts(self, parts, heads):
         """How many bytes there are of what `FORWARD` and `TRAINING` count."""
         size = SIZES[self.dtype]
-        tokens = self.batch * self.length * heads * self.head_dim * size
+        tokens = self.batch * self.n * heads * self.head_dim * size
         pairs = sum(part.scored_pairs for part in parts)
         budget = MAX_SCORE_BYTES * heads // self.num_heads
         streamed = score_bytes(pairs, self.batch, heads, self.dtype) > budget
@@ -195,8 +210,8 @@ class _Call:
             if sum(at_work.values()) > sum(found[name] for name in at_work):
                 found |= at_work
             if not isinstance(layout, Stairs) and getattr(layout, "shifts", None) != (0, 0):
-                keys = self.length if part.keys is None else int(part.keys.count(self.length))
-                found["padded"] += 2 * tokens * keys // self.length
+                keys = self.n if part.keys is None else int(part.keys.count(self.n))
+                found["padded"] += 2 * tokens * keys // self.n
         return found
 
 

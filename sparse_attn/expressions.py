@@ -1,6 +1,8 @@
 """Patterns read from text, such as a command line's, without running any of it."""
 
 import ast
+import difflib
+import inspect
 
 from sparse_attn import patterns, recipes
 
@@ -59,16 +61,63 @@ def _pattern(node):
             return _OPERATORS[type(op)](_pattern(left), _pattern(right))
         case ast.UnaryOp(ast.Invert(), operand):
             return ~_pattern(operand)
-        case ast.Call(ast.Name(name), arguments, keywords) if name in _NAMES:
-            given = {keyword.arg: _argument(keyword.value) for keyword in keywords}
-            if None not in given and len(given) == len(keywords):
-                return _NAMES[name](*map(_argument, arguments), **given)
+        case ast.Call(ast.Name(name)) if name in _NAMES:
+            return _call(node)
         case ast.Name(name) if name in _NAMES:
             raise ValueError(f"A pattern is made by a call, {name}(...). Received: {name}")
+        case ast.Name(name) | ast.Call(ast.Name(name)):
+            raise ValueError(
+                f"There is no pattern {name}. {_similar(name)} Received: {ast.unparse(node)}"
+            )
+        case ast.BoolOp() | ast.UnaryOp(ast.Not()):
+            raise ValueError(
+                "Patterns must be joined by `&`, `|` and `~`, not by `and`, `or` and `not`. "
+                f"Received: {ast.unparse(node)}"
+            )
     raise ValueError(
-        f"A pattern must be made of {', '.join(sorted(_NAMES))}, `&`, `|` and `~`. "
+        "A pattern must be made of calls such as Local(64), joined by `&`, `|` and `~`. "
         f"Received: {ast.unparse(node)}"
     )
+
+
+def _call(node):
+    """The pattern that is made by a call of its name."""
+    name, kind = node.func.id, _NAMES[node.func.id]
+    keywords = {keyword.arg: _argument(keyword.value) for keyword in node.keywords}
+    arguments = [_argument(argument) for argument in node.args]
+    unknown, problem = keywords.keys() - inspect.signature(kind).parameters.keys(), None
+    if None in keywords or len(keywords) < len(node.keywords):
+        problem = "a keyword is repeated, or has no name"
+    elif unknown:
+        problem = f"it has no argument {min(unknown)!r}"
+    else:
+        try:
+            inspect.signature(kind).bind(*arguments, **keywords)
+        except TypeError as error:
+            problem = str(error)
+    if problem:
+        told = f"{name} must be called as {_form(kind)}: {problem}."
+        raise TypeError(f"{told} Received: {ast.unparse(node)}")
+    return kind(*arguments, **keywords)
+
+
+def _form(kind):
+    """How a pattern is called, such as `Fixed(stride, summary=1)`."""
+    parameters = inspect.signature(kind).parameters.values()
+    names = [
+        each.name if each.default is each.empty else f"{each.name}={each.default!r}"
+        for each in parameters
+    ]
+    return f"{kind.__name__}({', '.join(names)})"
+
+
+def _similar(name):
+    """The patterns that may be meant by a name that is none of theirs."""
+    names = {each.lower(): each for each in _NAMES}
+    found = difflib.get_close_matches(name.lower(), names, n=1)
+    if found:
+        return f"Did you mean {names[found[0]]}?"
+    return f"There are {', '.join(sorted(_NAMES))}."
 
 
 def _argument(node):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from sparse_attn.attend import join_apart, merge, product, public_lse
+from sparse_attn.attend import join_apart, merge, public_lse
 from sparse_attn.bounds import are_apart
 from sparse_attn.checks import (
     LAST,
@@ -41,7 +41,7 @@ from sparse_attn.stream import (
 )
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.tiles import Given, Tiles
-from sparse_attn.tracing import refuse_longer, size_of, unconverted
+from sparse_attn.tracing import known_size, product, refuse_longer, size_of, unconverted
 
 
 @unconverted
@@ -82,7 +82,8 @@ def sparse_attention(
         query_mask: `(b, n)` bools, True = valid. An invalid query gets `out` 0
             and `lse` `-inf`, and what it holds does not matter.
         key_mask: `(b, m)` bools, True = valid. What an invalid key or its
-            value holds does not matter, be it NaN.
+            value holds does not matter, be it NaN; neither does what a key holds
+            that no valid query may attend to.
         segment_ids: `(b, n)` ints, where `m == n`; or a pair of them, `(b, n)`
             for the queries and `(b, m)` for the keys. Only what has the same
             number may attend: for several documents in one sequence. Positions
@@ -97,7 +98,9 @@ def sparse_attention(
             `(scores, q_pos, k_pos, head) -> scores`; or a list of these, which
             are applied in turn, before `bias`. All four are tensors that
             broadcast with one another, the last three int32. A function must
-            treat each score by itself; it may use other tensors, and is
+            treat each score by itself, and may be undefined at pairs that are not
+            allowed: there it gets the positions of an allowed pair. What it forbids
+            by `-inf` stays forbidden. It may use other tensors, and is
             differentiated by the framework, so that its scores are kept for
             the backward pass whatever `max_score_bytes` says.
         scale: a number, `d ** -0.5` by default.
@@ -153,7 +156,7 @@ def sparse_attention(
     q_pos = None
     if query_positions is not None:
         limit = pattern.max_length
-        q_pos = _check_positions(query_positions, query.shape[1], size_of(query, 1), limit)
+        q_pos = check_positions(query_positions, query.shape[1], size_of(query, 1), limit)
     # Padding may hold anything: 0 * NaN would reach valid outputs and gradients.
     query = zero_masked(query, query_mask)
     key, value = zero_masked(key, key_mask), zero_masked(value, key_mask)
@@ -243,7 +246,7 @@ def _share_out(query, key, value, given, groups):
 def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max_score_bytes):
     """Attention of heads that have one pattern: `(out, lse)`, `lse` finite and perhaps `None`."""
     n, m = size_of(query, 1), size_of(key, 1)
-    known = [size if isinstance(size, int) else None for size in (n, m)]
+    known = [known_size(size) for size in (n, m)]
     if 0 in (*known, query.shape[0]):  # nothing asks, or nothing answers
         parts = ()
     elif given.q_pos is None:
@@ -347,6 +350,7 @@ def attention_weights(
     attention_mask=None,
     score_mod=None,
     scale=None,
+    query_positions=None,
 ):
     """The softmax weights themselves, `(b, h, n, m)`: to look at, since they are n * m.
 
@@ -355,14 +359,20 @@ def attention_weights(
     query, key, _ = _check_tensors(query, key, key)
     masks = _check_masks(query, key, query_mask, key_mask, attention_mask, None)
     query_mask, key_mask, attention_mask, _ = masks
-    check_pattern("pattern", pattern).check_lengths(query.shape[1], key.shape[1])
+    check_pattern("pattern", pattern)
+    q_pos, lengths = None, [known_size(x.shape[1]) for x in (query, key)]
+    if query_positions is not None:
+        limit, lengths[0] = pattern.max_length, None
+        q_pos = check_positions(query_positions, query.shape[1], size_of(query, 1), limit)
+    pattern.check_lengths(*lengths)
     query, key = zero_masked(query, query_mask), zero_masked(key, key_mask)
     query = query * _scale(query, scale)
     heads = query.shape[2]
     given = Given(
         tuple(range(heads)),
         heads // key.shape[2],
-        key_mask=key_mask,
+        q_pos,
+        key_mask,
         segment_ids=check_segments(segment_ids, *query.shape[:2], key.shape[1]),
         attention_mask=attention_mask,
         mods=read_mods(score_mod, heads),
@@ -374,7 +384,7 @@ def attention_weights(
     ):
         found.append(_dense_weights(q, k, share, each))
     weights = bring_together(found, [numbers for _, numbers, _ in groups], axis=1)
-    weights = _refuse_longer(weights, pattern, query, key)
+    weights = _refuse_longer(weights, pattern, query, key, q_pos)
     return rearrange(
         zero_masked(rearrange(weights, "b h i j -> b i h j"), query_mask), "b i h j -> b h i j"
     )
@@ -520,7 +530,14 @@ def _at_all_pairs(x, query, key):
     return ops.broadcast_to(x, wanted)
 
 
-def _check_positions(positions, known_n, n, limit):
+def check_positions(positions, known_n, n, limit):
+    """The positions of queries as an `(n,)` int32 tensor.
+
+    Args:
+        positions: the argument `query_positions`.
+        known_n, n: the number of queries: an int or `None`, and an int or an int tensor.
+        limit: an int that they are less than, or `None`.
+    """
     limit = 2**31 if limit is None else limit
     bound = "2**31" if limit == 2**31 else limit
     requirement = "an int or an array of ints"

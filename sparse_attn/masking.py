@@ -12,7 +12,7 @@ from keras import ops
 
 from sparse_attn.checks import check_int, check_tensor
 from sparse_attn.reshaping import rearrange
-from sparse_attn.tensors import to_tensor
+from sparse_attn.tensors import to_tensor, values_of
 
 LOWEST = -1e30  # a score that no float32 score survives, with room to add to it
 MASKED = -1e29  # below this a log-sum-exp is that of a fully masked row
@@ -48,6 +48,8 @@ def sequence_mask(lengths, maxlen):
     check_tensor("lengths", lengths, "int")
     if isinstance(maxlen, (int, float, bool)):
         maxlen = check_int("maxlen", maxlen, minimum=0)
+    else:
+        maxlen = check_tensor("maxlen", to_tensor("maxlen", maxlen, "an int"), "int", ())
     return ops.arange(maxlen, dtype=lengths.dtype) < lengths[..., None]
 
 
@@ -61,6 +63,7 @@ def zero_masked(x, mask):
     """
     if mask is None:
         return x
+    x, mask = values_of(x), values_of(mask)
     mask = ops.reshape(mask, ops.shape(mask) + (1,) * (len(x.shape) - len(mask.shape)))
     if keras.backend.standardize_dtype(x.dtype) == "bool":  # for which ONNX has no "where"
         return x & mask

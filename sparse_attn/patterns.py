@@ -18,6 +18,7 @@ array([[1, 0, 0, 0],
 import abc
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 
@@ -34,6 +35,12 @@ class _Frozen(abc.ABCMeta):
         pattern = super().__call__(*args, **kwargs)
         object.__setattr__(pattern, "_made", True)
         return pattern
+
+    @property
+    def __signature__(cls):
+        """What `help` shows: the arguments of `__init__`, not those of `__call__` above."""
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class Pattern(metaclass=_Frozen):
@@ -78,6 +85,16 @@ class Pattern(metaclass=_Frozen):
         """
         return None
 
+    @property
+    def grid_shapes(self):
+        """The shapes of the grids that positions are read from row by row: a tuple of tuples.
+
+        An input of a layer with several axes of positions, such as an image,
+        must have these axes; the first may be shorter, and is `None` where it may
+        be any. None for most patterns; combinations tell those of all their parts.
+        """
+        return ()
+
     def check_lengths(self, n, m):
         """Raise `ValueError` if `n` queries and `m` keys cannot be related.
 
@@ -118,7 +135,7 @@ class Pattern(metaclass=_Frozen):
         n, m = self._lengths(n, m)
         return self._answer(np.arange(n), np.arange(m)).copy()
 
-    def text(self, n, m=None, width=64):
+    def text(self, n, m=None, width=64, shades=pictures.SHADES):
         """The pattern as lines of text: queries down, keys across.
 
         A character stands for a cell of pairs: blank where none may attend,
@@ -128,9 +145,15 @@ class Pattern(metaclass=_Frozen):
             n: number of queries.
             m: number of keys, `n` by default.
             width: characters across, at most; half as many lines.
+            shades: a str of at least two characters, from the one of a cell
+                without pairs to the one of a full cell. `" .:+#"` is for
+                terminals that know ASCII only.
 
         Returns:
             A str of lines.
+
+        Raises:
+            TypeError, ValueError: for arguments of another kind, and as `mask`.
 
         Example:
 
@@ -143,7 +166,8 @@ class Pattern(metaclass=_Frozen):
         """
         n, m = self._lengths(n, m)
         width = check_int("width", width, minimum=2)
-        return pictures.text(self._answer, n, m, width, self.rows_apart(n))
+        check_shades(shades)
+        return pictures.text(self._answer, n, m, width, self.rows_apart(n), shades)
 
     def svg(self, n, m=None, cells=64):
         """The pattern as a picture: queries down, keys across, darker for more pairs.
@@ -189,7 +213,7 @@ class Pattern(metaclass=_Frozen):
 
         return plot(self, n, m, weights, ax)
 
-    def cost(self, length, num_heads=1, head_dim=64, dtype="float32", batch=1):
+    def cost(self, n, num_heads=1, head_dim=64, dtype="float32", batch=1):
         """What `sparse_attention` costs with this pattern, beside dense attention.
 
         Pairs and operations are counted. Bytes are estimated, for TensorFlow
@@ -199,7 +223,7 @@ class Pattern(metaclass=_Frozen):
         what the allocator keeps for later.
 
         Args:
-            length: number of queries and of keys, a positive int.
+            n: number of queries and of keys, a positive int.
             num_heads: a positive int.
             head_dim: features of a query, a key and a value in each head, a
                 positive int.
@@ -224,7 +248,7 @@ class Pattern(metaclass=_Frozen):
         """
         from sparse_attn.costs import cost
 
-        return cost(self, length, num_heads, head_dim, dtype, batch)
+        return cost(self, n, num_heads, head_dim, dtype, batch)
 
     def receptive_field(self, layers, n):
         """How far positions reach through some layers that all have this pattern.
@@ -283,7 +307,7 @@ class Pattern(metaclass=_Frozen):
 
     def _answer(self, q_pos, k_pos):
         """The predicate at `(n,)` by `(m,)` positions, checked: an `(n, m)` bool array."""
-        answer = np.asarray(self(q_pos[:, None], k_pos[None, :]))
+        answer = np.asarray(ask(self, q_pos[:, None], k_pos[None, :]))
         shape = (len(q_pos), len(k_pos))
         if answer.dtype != bool:
             raise TypeError(f"{self!r} must answer with bools. Received: dtype={answer.dtype}")
@@ -453,6 +477,41 @@ class Ranges:
         edges = [(within_int32(a), within_int32(b)) for a, b in self.ranges]
         tests = [(x >= a) & (x < b) if b - a != 1 else x == a for a, b in edges]
         return functools.reduce(operator.or_, tests, x != x)
+
+
+def check_shades(shades):
+    """Raise `TypeError` or `ValueError` unless `shades` are characters to draw with."""
+    requirement = "a str of at least 2 printable characters"
+    if not isinstance(shades, str):
+        raise TypeError(received("shades", requirement, shades))
+    if len(shades) < 2 or not shades.isprintable():
+        raise ValueError(received("shades", requirement, shades))
+
+
+def ask(pattern, q_pos, k_pos):
+    """`pattern(q_pos, k_pos)`; an error of a predicate that cannot be traced names the pattern.
+
+    Raises:
+        TypeError, ValueError: from the framework's error.
+    """
+    try:
+        return pattern(q_pos, k_pos)
+    except (ArithmeticError, AttributeError, IndexError, NotImplementedError) as error:
+        raise TypeError(_no_predicate(pattern, error)) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "oolean value" not in str(error):
+            raise  # memory, a device
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(_no_predicate(pattern, error)) from error
+
+
+def _no_predicate(pattern, error):
+    return (
+        f"{pattern!r} could not be evaluated on positions that are arrays or tensors. A predicate "
+        "may use operators (+ - * // % == != < <= & | ~), `keras.ops` and `look_up`; no functions "
+        "of numpy, and no `and`, `or`, `not`, `if` or `in`, which ask for values that a tensor "
+        f"does not have while it is traced. The error was: {type(error).__name__}: {error}"
+    )
 
 
 def check_pattern(name, value):
@@ -965,6 +1024,10 @@ class Grid(Pattern):
                 answers.append(band(self.along(axis, q_pos), self.along(axis, k_pos)))
         return functools.reduce(operator.and_, answers or [q_pos == q_pos])
 
+    @property
+    def grid_shapes(self):
+        return ((None, *self.sizes),) if self.sizes else ()
+
     def along(self, axis, positions):
         """The coordinates of positions along an axis."""
         behind = within_int32(math.prod(self.sizes[axis:]))
@@ -1018,6 +1081,10 @@ class Neighborhood(Pattern):
     def max_length(self):
         return math.prod(self.shape)
 
+    @property
+    def grid_shapes(self):
+        return (self.shape,) if len(self.shape) > 1 else ()
+
     def __call__(self, q_pos, k_pos):
         return self.grid(q_pos, k_pos)
 
@@ -1057,6 +1124,10 @@ class Axial(Pattern):
     def max_length(self):
         return math.prod(self.shape)
 
+    @property
+    def grid_shapes(self):
+        return (self.shape,)
+
     def __call__(self, q_pos, k_pos):
         return functools.reduce(operator.or_, (grid(q_pos, k_pos) for grid in self.grids))
 
@@ -1082,6 +1153,10 @@ class And(Pattern):
     @property
     def max_length(self):
         return _shortest(self.first, self.second)
+
+    @property
+    def grid_shapes(self):
+        return (*self.first.grid_shapes, *self.second.grid_shapes)
 
     def check_lengths(self, n, m):
         for part in (self.first, self.second):
@@ -1111,6 +1186,10 @@ class Or(Pattern):
     def max_length(self):
         return _shortest(self.first, self.second)
 
+    @property
+    def grid_shapes(self):
+        return (*self.first.grid_shapes, *self.second.grid_shapes)
+
     def check_lengths(self, n, m):
         for part in (self.first, self.second):
             part.check_lengths(n, m)
@@ -1138,6 +1217,10 @@ class Not(Pattern):
     @property
     def max_length(self):
         return self.pattern.max_length
+
+    @property
+    def grid_shapes(self):
+        return self.pattern.grid_shapes
 
     def check_lengths(self, n, m):
         self.pattern.check_lengths(n, m)
@@ -1201,6 +1284,10 @@ class PerHead(Pattern):
     def max_length(self):
         return _shortest(*self.patterns)
 
+    @property
+    def grid_shapes(self):
+        return tuple(shape for pattern in self.patterns for shape in pattern.grid_shapes)
+
     def check_lengths(self, n, m):
         for pattern in self.patterns:
             pattern.check_lengths(n, m)
@@ -1214,20 +1301,20 @@ class PerHead(Pattern):
         """The patterns as a `(patterns, n, m)` boolean numpy array; see `Pattern.mask`."""
         return np.stack([pattern.mask(n, m) for pattern in self.patterns])
 
-    def text(self, n, m=None, width=64):
+    def text(self, n, m=None, width=64, shades=pictures.SHADES):
         """The distinct patterns, one below the other; see `Pattern.text`."""
         drawn = dict.fromkeys(self.patterns)
-        return "\n\n".join(f"{pattern!r}\n{pattern.text(n, m, width)}" for pattern in drawn)
+        return "\n\n".join(f"{each!r}\n{each.text(n, m, width, shades)}" for each in drawn)
 
     def svg(self, n, m=None, cells=64):
         """The distinct patterns side by side; see `Pattern.svg`."""
         drawn = [pattern.svg(n, m, cells) for pattern in dict.fromkeys(self.patterns)]
         return pictures.side_by_side(drawn)
 
-    def cost(self, length, num_heads=None, head_dim=64, dtype="float32", batch=1):
+    def cost(self, n, num_heads=None, head_dim=64, dtype="float32", batch=1):
         """See `Pattern.cost`. By default there is a head for each pattern."""
         num_heads = len(self.patterns) if num_heads is None else num_heads
-        return super().cost(length, num_heads, head_dim, dtype, batch)
+        return super().cost(n, num_heads, head_dim, dtype, batch)
 
     def __call__(self, q_pos, k_pos):
         raise TypeError(

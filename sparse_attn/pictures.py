@@ -12,6 +12,7 @@ import re
 import numpy as np
 
 PAIRS = 2**24  # up to here, each is asked about
+SHADES, ASCII_SHADES = " ░▒▓█", " .:+#"  # from no pair of a cell to all of them
 _SAMPLES = 8  # queries of a tall cell, at least
 _CELL = 6  # side of a cell in an SVG, in its own units
 _GAP = 16  # between drawings
@@ -57,11 +58,11 @@ def edges(size, cells):
     return np.linspace(0, size, cells + 1).astype(int)
 
 
-def text(answer, n, m, width, apart=()):
+def text(answer, n, m, width, apart=(), shades=SHADES):
     """Lines of text, one character a cell; see `Pattern.text`."""
     grid = shares(answer, n, m, min(n, max(1, width // 2)), min(m, width), apart)
-    levels = np.ceil(grid * 4 - 1e-9).astype(int)
-    return "\n".join("".join(" ░▒▓█"[level] for level in line).rstrip() for line in levels)
+    levels = np.ceil(grid * (len(shades) - 1) - 1e-9).astype(int)
+    return "\n".join("".join(shades[level] for level in line).rstrip() for line in levels)
 
 
 def svg(answer, n, m, cells, title, apart=()):

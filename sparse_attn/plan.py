@@ -148,7 +148,8 @@ def plan(pattern, n=None, m=None):
     """
     check_pattern("pattern", pattern)
     if isinstance(pattern, PerHead):
-        raise TypeError(received("pattern", "one of the `patterns` of a PerHead", pattern))
+        requirement = "the pattern of one head: [plan(p, n) for p in pattern.patterns] plans all"
+        raise TypeError(received("pattern", requirement, pattern))
     n = None if n is None else check_int("n", n, minimum=1)
     m = n if m is None else check_int("m", m, minimum=1)
     return plan_lengths(pattern, n, m)

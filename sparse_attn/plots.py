@@ -48,8 +48,8 @@ def _import_matplotlib():
         import matplotlib.pyplot
     except ImportError as error:
         raise ImportError(
-            "`plot` needs matplotlib: pip install 'sparse_attn[plot]'. Without it there are "
-            "`text` and `svg`."
+            "`plot` needs matplotlib: pip install matplotlib, or pip install '.[plot]' in a "
+            "checkout of sparse_attn. Without it there are `text` and `svg`."
         ) from error
     return matplotlib
 

@@ -30,6 +30,10 @@ class Recipe(Pattern):
     def max_length(self):
         return self.pattern.max_length
 
+    @property
+    def grid_shapes(self):
+        return self.pattern.grid_shapes
+
     def rows_apart(self, n):
         return self.pattern.rows_apart(n)
 

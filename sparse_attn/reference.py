@@ -38,7 +38,8 @@ def dense_attention(
         key_mask: `(b, m)` bools, True = valid, or `None`.
         segment_ids: `(b, n)` ints, or a pair of them for queries and keys, or `None`.
         attention_mask: bools that broadcast to `(b, h, n, m)`, or `(b, n, m)`, or `None`.
-        bias: numbers of the same shapes, added to the scaled scores, or `None`.
+        bias: numbers of the same shapes, added to the scaled scores, or `None`; less
+            than -1e29, such as `-inf`, forbids a pair.
         score_mod: a numpy function `(scores, q_pos, k_pos, head)` that is applied to
             the scaled scores of the allowed pairs, each by itself, before the bias; or
             `None`. It gets and returns arrays of one axis. Its derivative is taken
@@ -78,12 +79,14 @@ def dense_attention(
         pair = segment_ids if isinstance(segment_ids, (tuple, list)) else (segment_ids,) * 2
         of_queries, of_keys = map(np.asarray, pair)
         allowed = allowed & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
+    if bias is not None:
+        allowed = allowed & ~(_heads(bias) < -1e29)
     valid_query = np.ones((b, n), bool) if query_mask is None else np.asarray(query_mask)
     valid_key = np.ones((b, m), bool) if key_mask is None else np.asarray(key_mask)
     allowed = allowed & valid_query[:, None, :, None] & valid_key[:, None, None, :]
     q = np.where(valid_query[:, :, None, None], q, 0)
-    k = np.where(valid_key[:, :, None, None], k, 0)
-    v = np.where(valid_key[:, :, None, None], v, 0)
+    seen = np.moveaxis(allowed.any(axis=2), 1, 2)[..., None]  # what others hold must not matter
+    k, v = np.where(seen, k, 0), np.where(seen, v, 0)
 
     scores = scale * np.einsum("bihd,bjhd->bhij", q, k)
     slope = 1.0

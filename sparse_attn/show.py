@@ -1,66 +1,58 @@
 """Show a pattern in the terminal: its picture, its plan and its cost."""
 
 import argparse
-import os
-import sys
-from pathlib import Path
 
 from sparse_attn import parse_pattern, plan
 from sparse_attn.patterns import PerHead
+from sparse_attn.terminal import columns, output_file, positive_int, say, shades, wrap, write_whole
 
-__all__ = ["show"]
+__all__ = ["add_show"]
 
 LONGEST = 2**24
+WIDTH = 64  # characters across a picture, at most
 
 
-def show(argv):
-    """`python -m sparse_attn show`, with its arguments as a list of str."""
-    parser = argparse.ArgumentParser(prog="python -m sparse_attn show", description=__doc__)
-    parser.add_argument("pattern", help="such as 'Causal() & (Local(64) | Atrous(64))'")
-    parser.add_argument("--length", type=int, default=4096, help="in positions (%(default)s)")
-    parser.add_argument("--heads", type=int, help="for the cost; 1, or one for each of a PerHead")
-    parser.add_argument("--head-dim", type=int, default=64, help="features (%(default)s)")
-    parser.add_argument("--save", type=_svg_file, metavar="PICTURE.svg", help="draw it there too")
-    options = parser.parse_args(argv)
-    if options.length > LONGEST:
-        parser.error(f"argument --length: at most {LONGEST:,}. Received: {options.length:,}")
+def add_show(commands):
+    """The command `show` of the command line."""
+    parser = commands.add_parser("show", help="Show a pattern.", description=__doc__)
+    add = parser.add_argument
+    add("pattern", help="such as 'Causal() & (Local(64) | Atrous(64))'")
+    add("--length", type=_length, default=4096, metavar="N", help="in positions (%(default)s)")
+    add("--heads", type=positive_int, metavar="N", help="for the cost (1, or each of a PerHead)")
+    add("--head-dim", type=positive_int, default=64, metavar="N", help="features (%(default)s)")
+    add("--save", type=output_file(".svg"), metavar="PICTURE.svg", help="draw it there too")
+    parser.set_defaults(run=show, parser=parser)
+
+
+def show(options):
+    """Print all of it, and save the picture."""
+    error = options.parser.error
     try:
         pattern = parse_pattern(options.pattern)
         patterns = dict.fromkeys(pattern.patterns if isinstance(pattern, PerHead) else [pattern])
         heads = {} if options.heads is None else {"num_heads": options.heads}
         cost = pattern.cost(options.length, head_dim=options.head_dim, **heads)
         picture = pattern.svg(options.length) if options.save else None
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
-    except (MemoryError, OverflowError, RecursionError) as error:
-        parser.error(f"this is too much: {type(error).__name__}: {error}")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know the characters
+    except (TypeError, ValueError) as problem:
+        error(str(problem))
+    except (MemoryError, OverflowError, RecursionError) as problem:
+        error(f"this is too much: {type(problem).__name__}: {problem}")
     for each in patterns:
-        print(f"{each!r}, {options.length:,} queries down, as many keys across:\n")
-        print(each.text(options.length))
-        print(f"\nPlan: {plan(each, options.length)}\n")
-    print(f"Cost:\n{cost}")
+        say(wrap(f"{each!r}, {options.length:,} queries down, as many keys across:\n", 2))
+        say(each.text(options.length, width=min(WIDTH, columns()), shades=shades()))
+        say(wrap(f"\nPlan: {plan(each, options.length)}\n", 15))
+    say(wrap(f"Cost:\n{cost.table(columns())}", 2))
     if options.save:
         try:
-            _write_whole(options.save, picture)
-        except OSError as error:
-            parser.error(f"argument --save: {error}")
-        print(f"\nSaved to {options.save}")
+            write_whole(options.save, lambda path: path.write_text(picture, encoding="utf-8"))
+        except OSError as problem:
+            error(f"argument --save: {problem}")
+        say(f"\nSaved to {options.save}")
 
 
-def _svg_file(text):
-    path = Path(text)
-    if path.suffix != ".svg" or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a .svg file in a folder that exists: {text}")
-    return path
-
-
-def _write_whole(path, text):
-    """Write a file so that it is there as a whole, or as it was before."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def _length(text):
+    """The type of a length that can be drawn in a moment."""
+    number = positive_int(text)
+    if number > LONGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LONGEST:,}. Received: {number:,}")
+    return number

@@ -34,12 +34,15 @@ from sparse_attn.scores import (
 from sparse_attn.tracing import (
     AT_ONCE,
     after,
+    custom_gradient,
     fold_range,
     is_traced_to_export,
+    is_transformed,
     map_range,
     may_differentiate,
     pull_back,
     put,
+    recomputed,
     size_of,
     take,
     unconverted,
@@ -180,6 +183,9 @@ def attend_tiles(
     # Of a plain function it is not known what it needs a gradient for.
     written_out = mods is None or is_differentiable(mods.mods)
     written_out = written_out and not is_traced_to_export()
+    # Of tensors of a transform nothing can be held: there autograd keeps what it needs.
+    transformed = is_transformed()
+    written_out = written_out and (schedule.streamed or not transformed)
     keep = written_out and not schedule.streamed and may_differentiate(differentiable)
 
     def pieces(inputs, keep):
@@ -201,11 +207,16 @@ def attend_tiles(
         options["zero_unseen"] = zero_unseen
         return _Pieces(schedule, qkv, given_masks, given_bias, given_mods, **options)
 
-    @ops.custom_gradient
+    def anew(*given):
+        *given, upstream = given
+        again = pieces(given, keep)
+        return again.backward(again.forward(), upstream)
+
+    @custom_gradient
     def core(*inputs):
         once = pieces(inputs, keep)
         packed = once.forward()
-        held = [(once, unlinked(packed))]
+        held = [] if transformed else [(once, unlinked(packed))]
 
         @unconverted
         def grad(*given, upstream=None):
@@ -216,8 +227,7 @@ def attend_tiles(
                 once, packed = held.pop()
                 found = once.backward(packed, upstream)
             else:  # a second time, or to be differentiated itself: then from the inputs
-                again = pieces(given, keep)
-                found = again.backward(again.forward(), upstream)
+                found = (recomputed(anew) if schedule.streamed else anew)(*given, upstream)
             return *found, *[None] * (num_inputs - len(found))
 
         return packed, grad

@@ -11,7 +11,17 @@ import math
 from dataclasses import dataclass
 
 from sparse_attn import recipes
-from sparse_attn.bounds import KINDS, Lists, Select, contains, cost, hull, meet, simplify
+from sparse_attn.bounds import (
+    KINDS,
+    Lists,
+    Select,
+    as_band,
+    contains,
+    cost,
+    hull,
+    meet,
+    simplify,
+)
 from sparse_attn.patterns import (
     And,
     Atrous,
@@ -29,6 +39,7 @@ from sparse_attn.patterns import (
     Not,
     Or,
     Pattern,
+    PerHead,
     Prefix,
     Random,
     Strided,
@@ -311,3 +322,17 @@ def answers_all(pattern):
             answer = answers_all(pattern.pattern)
             return None if answer is None else not answer
     return None
+
+
+def is_causal(pattern):
+    """Whether it is certain that no query sees a later key."""
+    if isinstance(pattern, PerHead):
+        return all(map(is_causal, pattern.patterns))
+    pattern = registered(rewrite, pattern)
+    match pattern:
+        case And():
+            return is_causal(pattern.first) or is_causal(pattern.second)
+        case Or():
+            return is_causal(pattern.first) and is_causal(pattern.second)
+    right = as_band(registered(bound, pattern)).right
+    return right is not None and right <= 0

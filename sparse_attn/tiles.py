@@ -10,13 +10,13 @@ from keras import ops
 from sparse_attn.bounds import Lists
 from sparse_attn.checks import check_tensor
 from sparse_attn.masking import at_least_lowest, is_not_masked
-from sparse_attn.patterns import Band, Grid
+from sparse_attn.patterns import Band, Grid, ask
 from sparse_attn.plan import axes_of, has_surplus
 from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import are_defined_everywhere, tensors_of
 from sparse_attn.stream import Mask, Mods
 from sparse_attn.terms import answers_all, period
-from sparse_attn.tracing import eagerly
+from sparse_attn.tracing import eagerly, trace_pairs
 
 
 @dataclass(frozen=True)
@@ -279,9 +279,17 @@ def _as_rows(positions):
     return rearrange(positions, "n -> 1 n 1 1")
 
 
+def trace_predicate(pattern):
+    """Raise what `_evaluate` would, once a model is traced: for predicates of users."""
+    n, m = (
+        size if pattern.max_length is None else min(size, pattern.max_length) for size in (2, 3)
+    )
+    trace_pairs(functools.partial(_evaluate, pattern), n, m)
+
+
 def _evaluate(pattern, q_pos, k_pos):
     """The predicate's answer as a bool tensor of the rank of the positions, checked."""
-    answer = ops.convert_to_tensor(pattern(q_pos, k_pos))
+    answer = ops.convert_to_tensor(ask(pattern, q_pos, k_pos))
     rank = len(q_pos.shape)
     answer = answer[(None,) * (rank - len(answer.shape))]
     sizes = [{1, a, b} for a, b in zip(q_pos.shape, k_pos.shape, strict=True)]

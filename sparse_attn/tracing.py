@@ -1,7 +1,10 @@
 """What a framework has to be told, or asked, about how it traces and differentiates."""
 
 import contextlib
+import operator
+from functools import cache, reduce
 
+import einops
 import keras
 from keras import ops
 
@@ -61,6 +64,8 @@ def pull_back(function, tensors, upstream):
         return list(jax.vjp(function, *tensors)[1](upstream))
     import torch
 
+    if is_transformed():
+        return list(torch.func.vjp(function, *tensors)[1](upstream))
     again = torch.is_grad_enabled()  # to be differentiated itself
     with torch.enable_grad():
         tensors = [x if again and x.requires_grad else x.detach().requires_grad_() for x in tensors]
@@ -69,12 +74,137 @@ def pull_back(function, tensors, upstream):
     return list(torch.autograd.grad(found, tensors, upstream, **options))
 
 
+def custom_gradient(function):
+    """`ops.custom_gradient`, in a form that `torch.func` and `vmap` can transform too.
+
+    Args:
+        function: from tensors to `(output, grad)`, one tensor and a function.
+            TensorFlow and JAX call `grad(upstream)`. PyTorch calls
+            `grad(*tensors, upstream=upstream)`; under a transform these tensors
+            are not those that `function` saw, so `grad` must not use the latter.
+    """
+    if keras.backend.backend() != "torch":
+        return ops.custom_gradient(function)
+    from torch.autograd import forward_ad
+
+    if forward_ad._current_level >= 0:  # forward mode has no use for a gradient
+        return lambda *tensors: function(*tensors)[0]
+    return lambda *tensors: _custom_function().apply(_Call(function), *tensors)
+
+
+class _Call:
+    """A function under way, and then its gradient."""
+
+    def __init__(self, function):
+        self.function, self.grad = function, None
+
+
+@cache
+def _custom_function():
+    import torch
+
+    class CustomGradient(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(call, *tensors):
+            output, call.grad = call.function(*tensors)
+            return output
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            call, *tensors = inputs
+            ctx.save_for_backward(*tensors)
+            ctx.grad = call.grad
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None, *ctx.grad(*ctx.saved_tensors, upstream=upstream)
+
+    return CustomGradient
+
+
+def recomputed(function):
+    """A function from tensors to a tuple of them, of which nothing is kept to differentiate it.
+
+    For PyTorch, where a gradient that is to be differentiated keeps all that it was made of.
+    """
+    return lambda *tensors: _recomputed_function().apply(function, *tensors)
+
+
+@cache
+def _recomputed_function():
+    import torch
+
+    class Recomputed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(function, *tensors):
+            return function(*tensors)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.function, *tensors = inputs
+            ctx.save_for_backward(*tensors)
+
+        @staticmethod
+        def backward(ctx, *upstream):
+            tensors, function = list(ctx.saved_tensors), ctx.function
+            floats = [i for i, x in enumerate(tensors) if x.is_floating_point()]
+
+            def of_floats(*given):
+                for i, x in zip(floats, given, strict=True):
+                    tensors[i] = x
+                return function(*tensors)
+
+            _, vjp = torch.func.vjp(of_floats, *(tensors[i] for i in floats))
+            found = dict(zip(floats, vjp(upstream), strict=True))
+            return None, *(found.get(i) for i in range(len(tensors)))
+
+    return Recomputed
+
+
+def is_transformed():
+    """Whether PyTorch's `vmap`, a transform of `torch.func` or its forward mode is at work."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+    from torch.autograd import forward_ad
+
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def unlinked(tensor):
     """The same numbers, which a function's backward pass can hold without a circle.
 
     PyTorch's tensors hold what made them. A circle would keep both until a collector comes.
     """
     return tensor.detach() if keras.backend.backend() == "torch" else tensor
+
+
+def read_variable(variable):
+    """The value of a variable, as a tensor that gradients by the variable are linked to."""
+    if keras.backend.backend() != "tensorflow":
+        return variable.value
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(variable)
+
+
+def is_dense(tensor):
+    """Whether a tensor has a place for each number: it is neither ragged, sparse nor nested."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return not isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return isinstance(tensor, jax.Array)
+    import torch
+
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def size_of(x, axis):
@@ -155,6 +285,26 @@ def gather(x, numbers, axis):
     return found.reshape((*x.shape[:axis], *numbers.shape, *x.shape[axis + 1 :]))
 
 
+def product(x, y, pattern):
+    """`einops.einsum` of two tensors of which the last axes alone differ: matrix products.
+
+    TensorFlow adds float16 up in float16 in its einsum, and in float32 in its
+    matrix product. PyTorch has rules for a batch of gradients, which
+    `jacobian(vectorize=True)` asks for, of matrix products alone.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return einops.einsum(x, y, pattern)
+    (*_, i, j), (*_, k, m) = (side.split() for side in pattern.partition(" ->")[0].split(","))
+    shared = ({i, j} & {k, m}).pop()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.matmul(x, y, transpose_a=shared == i, transpose_b=shared == m)
+    x = x if shared == j else x.transpose(-1, -2)
+    return x @ (y if shared == k else y.transpose(-1, -2))
+
+
 def sum_segments(x, numbers, count):
     """`ops.segment_sum`, which on PyTorch would give float32 whatever it got.
 
@@ -185,9 +335,12 @@ def map_range(function, count):
     """`ops.map` over `range(count)`, in which TensorFlow works on few turns at a time, not on 10.
 
     Args:
-        function: from an int32 tensor to a list or tuple of tensors.
+        function: from an int32 tensor, on PyTorch an int, to a list of tensors.
         count: int or int tensor.
     """
+    if keras.backend.backend() == "torch":  # whose loops are Python's
+        turns = [function(number) for number in range(count)]
+        return [ops.stack(each) for each in zip(*turns, strict=True)]
     numbers = ops.arange(count, dtype="int32")
     if keras.backend.backend() != "tensorflow":
         return ops.map(function, numbers)
@@ -218,8 +371,8 @@ def fold_range(function, count, first):
 def refuse_longer(x, sizes, limit, told):
     """`x`, once it is certain that some sizes are at most `limit`.
 
-    A size that is an int has been looked at before. Of others, TensorFlow
-    raises an error while it runs; XLA, where it cannot, gives NaN.
+    A size that is an int has been checked before. Of others, TensorFlow raises an
+    error while it runs. XLA and exported models cannot: their result is NaN.
 
     Args:
         x: a float tensor.
@@ -228,13 +381,55 @@ def refuse_longer(x, sizes, limit, told):
         told: a str, what the error says.
     """
     sizes = [size for size in sizes if not isinstance(size, int)]
-    if not sizes or keras.backend.backend() != "tensorflow":
+    if not sizes:
         return x
+    if keras.backend.backend() != "tensorflow":
+        fits = reduce(operator.and_, [as_number(size) <= limit for size in sizes])
+        return ops.where(fits, x, ops.full((), float("nan"), x.dtype))
     import tensorflow as tf
 
     longest = tf.reduce_max([tf.cast(size, "int32") for size in sizes])
     with tf.control_dependencies([tf.debugging.assert_less_equal(longest, limit, told)]):
         return tf.where(longest <= limit, x, tf.cast(float("nan"), x.dtype))
+
+
+def require(x, condition, told):
+    """`x`, once it is certain that a condition holds.
+
+    TensorFlow raises an error while it runs. Where nothing can be raised, with XLA, on
+    JAX and in a trace of PyTorch, all of `x` is NaN if it does not hold.
+
+    Args:
+        x: a float tensor.
+        condition: a scalar bool tensor.
+        told: a str, what the error says.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return ops.where(condition, x, ops.full((), float("nan"), x.dtype))
+    import tensorflow as tf
+
+    with tf.control_dependencies([tf.debugging.Assert(condition, [told])]):
+        return tf.where(condition, x, tf.cast(float("nan"), x.dtype))
+
+
+def trace_pairs(function, n, m):
+    """Call `function(q_pos, k_pos)` as it would be traced; PyTorch, which need not trace, runs it.
+
+    Args:
+        function: from int32 tensors `(n, 1)` and `(1, m)` to a tensor.
+        n, m: ints; TensorFlow does not see them.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        specs = [tf.TensorSpec(shape, "int32") for shape in ((None, 1), (1, None))]
+        tf.function(function, autograph=False).get_concrete_function(*specs)
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        jax.eval_shape(function, *(jax.ShapeDtypeStruct(x, "int32") for x in ((n, 1), (1, m))))
+    else:
+        function(ops.arange(n, dtype="int32")[:, None], ops.arange(m, dtype="int32")[None])
 
 
 def least(a, b):
@@ -245,6 +440,20 @@ def least(a, b):
 def most(a, b):
     """The larger of two sizes, likewise."""
     return _either(max, "maximum", "max_dim", a, b)
+
+
+def as_number(size):
+    """A size as an int tensor: what it is once the graph runs."""
+    if keras.backend.backend() == "torch":  # `ops` would make an int of it
+        import torch
+
+        return torch.as_tensor(size)
+    return ops.convert_to_tensor(size)
+
+
+def known_size(size):
+    """The size if it is an int, or `None` while it is a tensor or a name."""
+    return size if isinstance(size, int) else None
 
 
 def is_symbolic(size):

@@ -165,13 +165,63 @@ def test_the_report_of_stored_results(tmp_path, capsys):
     main(["--report", str(path)])
     assert "| sparse_attn TensorFlow | forward | 1.32 | 1.32 |" in capsys.readouterr().out
     page = (tmp_path / "benchmarks.md").read_text()
-    assert report.summary(made_up_results()) in page
+    ours, peer = "sparse_attn TensorFlow, Local(256)", "Keras masked, Local(256)"
+    said = f"| forward | {ours} | 8.0 times as fast | {peer} |"
+    assert page.count(said) == 2  # a time and a speed
+    assert f"| JAX | {ours} | failed | {peer} |" in page
     assert "800% of its rate" in page
     assert r"failed: MemoryError: a \| b" in page
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {path.name, "benchmarks.md", "benchmarks-time.svg", "benchmarks-memory.svg"}
     assert "](benchmarks-time.svg)" in page
     assert (tmp_path / "benchmarks-time.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_the_page_is_for_readers_and_has_no_bars():
+    page = report.markdown(made_up_results(), {})
+    assert not any(word in page for word in ("≤", "≥", "reached", "bar"))
+
+
+def test_the_bars_of_stored_results_are_printed_for_the_maintainers(tmp_path, capsys):
+    path = tmp_path / "benchmarks.json"
+    path.write_text(json.dumps(made_up_results()))
+    assert main(["--bars", str(path)]) == 0
+    assert capsys.readouterr().out == report.summary(made_up_results())
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    ("quantity", "value", "said"),
+    [
+        ("time", 0.123, "8.1 times as fast"),
+        ("speed", 32.1, "32 times as fast"),
+        ("time", 1.25, "0.80 times as fast"),
+        ("time", 1.001, "1.0 times as fast"),
+        ("peak memory", 0.15, "0.15 of its peak memory"),
+        ("speed", None, "failed"),
+    ],
+)
+def test_the_page_says_times_as_speeds(quantity, value, said):
+    assert report.result({"quantity": quantity, "value": value}) == said
+
+
+@pytest.mark.parametrize("rows", [cpu_rows(), gpu_rows()])
+def test_every_row_has_a_section_of_the_page(rows):
+    titles = {report.section(row.name) for row in rows}
+    assert titles <= {title for title, *_ in report.SECTIONS}
+    for row in rows:
+        assert (report.section(row.name) == "Growth") == row.name.startswith("growth")
+
+
+@with_matplotlib
+def test_the_page_of_the_docs_is_made_of_its_results():
+    path = Path(__file__).parents[1] / "docs" / "benchmarks.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    images = {what: f"benchmarks-{what}.svg" for what in report.PLOTS}
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == report.markdown(results, images), (
+        "run `python -m benchmarks --report docs/benchmarks.json`"
+    )
 
 
 def test_messages_name_no_folders():

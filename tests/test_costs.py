@@ -1,6 +1,7 @@
 """Costs are counted right, receptive fields are those of matrix powers."""
 
 import dataclasses
+import inspect
 import tracemalloc
 
 import keras
@@ -151,18 +152,25 @@ def test_a_cost_is_printed_as_a_table(default_costs):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"length": 0}, ValueError, "`length` must be a positive int. Received: length=0"),
-        ({"length": 4.5}, TypeError, "`length` must be a positive int. Received: length=4.5"),
-        ({"length": 9, "num_heads": 0}, ValueError, "`num_heads` must be a positive int"),
-        ({"length": 9, "head_dim": None}, TypeError, "`head_dim` must be a positive int"),
-        ({"length": 9, "batch": -1}, ValueError, "`batch` must be a positive int"),
-        ({"length": 9, "dtype": "int8"}, ValueError, "`dtype` must be one of .* Received: .*int8"),
-        ({"length": 9, "dtype": np.float32}, TypeError, "`dtype` must be one of"),
+        ({"n": 0}, ValueError, "`n` must be a positive int. Received: n=0"),
+        ({"n": 4.5}, TypeError, "`n` must be a positive int. Received: n=4.5"),
+        ({"n": 9, "num_heads": 0}, ValueError, "`num_heads` must be a positive int"),
+        ({"n": 9, "head_dim": None}, TypeError, "`head_dim` must be a positive int"),
+        ({"n": 9, "batch": -1}, ValueError, "`batch` must be a positive int"),
+        ({"n": 9, "dtype": "int8"}, ValueError, "`dtype` must be one of .* Received: .*int8"),
+        ({"n": 9, "dtype": np.float32}, TypeError, "`dtype` must be one of"),
     ],
 )
 def test_wrong_arguments_of_a_cost(arguments, error, message):
     with pytest.raises(error, match=message):
         Local(3).cost(**arguments)
+
+
+def test_every_method_calls_the_length_n():
+    for pattern in (Local(3), PerHead([Local(3), Full()])):
+        assert pattern.cost(n=20) == pattern.cost(20)
+        for method in ("mask", "text", "svg", "plot", "cost", "receptive_field"):
+            assert "n" in inspect.signature(getattr(pattern, method)).parameters
 
 
 def test_a_length_that_the_pattern_cannot_relate():

@@ -2,12 +2,29 @@
 
 import functools
 import json
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 
-from sparse_attn import Causal, Full, Local, Neighborhood, Pattern, PerHead, Strided
+from sparse_attn import (
+    Axial,
+    Band,
+    BigBird,
+    Blocks,
+    Causal,
+    Full,
+    Global,
+    Grid,
+    Local,
+    Neighborhood,
+    Pattern,
+    PerHead,
+    Prefix,
+    Strided,
+)
 from sparse_attn.layers import (
     GroupedQueryAttention,
     MultiHeadAttention,
@@ -209,6 +226,86 @@ def test_equals_keras_with_several_axes():
     np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=2e-5)
 
 
+GRIDS = {
+    "neighborhood": Neighborhood((8, 4), 1),
+    "axial": Axial((8, 4)),
+    "grid": Grid((4,), (Band(1, 1), Band(1, 1))),
+    "and": Causal() & Neighborhood((8, 4), 1),
+    "or": Prefix(1) | (Local(9) & Axial((8, 4))),
+    "not": ~Neighborhood((8, 4), 1),
+    "per head": PerHead([Full(), Axial((8, 4))]),
+}
+every_grid = pytest.mark.parametrize("pattern", GRIDS.values(), ids=GRIDS)
+
+
+@every_grid
+@pytest.mark.parametrize(
+    "axes", [(4, 8), (3, 8, 4), (8, 5), (2, 4, 4)], ids=["transposed", "channels", "wide", "film"]
+)
+def test_axes_that_are_not_those_of_the_grid_are_an_error(pattern, axes):
+    layer = SelfAttention(2, 4, pattern)
+    told = r"`query` must be those of the grid of .*\((8|None), 4\).*Received: query.shape="
+    with pytest.raises(ValueError, match=told):
+        layer(np.ones((1, *axes, 6), "float32"))
+    with pytest.raises(ValueError, match=told):
+        SelfAttention(2, 4, pattern)(keras.Input((*axes, 6)))
+    with pytest.raises(ValueError, match=told):
+        SelfAttention(2, 4, pattern).compute_output_shape((1, *axes, 6))
+
+
+@every_grid
+def test_axes_of_the_grid_and_flat_inputs_pass(pattern):
+    layer = SelfAttention(2, 4, pattern)
+    image = np.random.default_rng(0).normal(size=(1, 8, 4, 6)).astype("float32")
+    expected = to_numpy(layer(image.reshape(1, 32, 6)))
+    np.testing.assert_allclose(to_numpy(layer(image)).reshape(1, 32, 6), expected, atol=1e-6)
+    assert layer(image[:, :5]).shape == (1, 5, 4, 6)  # the first rows
+    assert layer(keras.Input((None, 4, 6))).shape == (None, None, 4, 6)
+    assert layer(keras.Input((None, None, 6))).shape == (None, None, None, 6)
+
+
+def test_more_rows_than_the_grid_has_are_an_error():
+    with pytest.raises(ValueError, match=r"\(8, 4\)"):
+        SelfAttention(2, 4, Neighborhood((8, 4), 1))(np.ones((1, 9, 4, 6), "float32"))
+    grid = Grid((4,), (Band(1, 1), Band(1, 1)))  # whose rows have no end
+    assert SelfAttention(2, 4, grid)(np.ones((1, 9, 4, 6), "float32")).shape == (1, 9, 4, 6)
+
+
+def test_patterns_of_one_axis_say_nothing_about_others():
+    image = np.ones((1, 8, 4, 6), "float32")
+    for pattern in (Neighborhood((32,), 2), Local(3), Blocks(4), Global((1, 2)), BigBird(32, 4)):
+        assert pattern.grid_shapes == ()
+        assert SelfAttention(2, 4, pattern)(image).shape == image.shape
+
+
+def test_axes_of_keys_are_those_of_the_grid():
+    layer = MultiHeadAttention(2, 4, pattern=Neighborhood((8, 4), 1))
+    query, value = np.ones((1, 8, 4, 6), "float32"), np.ones((1, 4, 8, 6), "float32")
+    with pytest.raises(ValueError, match="`key` must be those of the grid"):
+        layer(query, value)
+    with pytest.raises(ValueError, match="`key` must be those of the grid"):
+        layer(query.reshape(1, 32, 6), value)
+    assert layer(query[:, :1, 1:3], query, query_positions=9).shape == (1, 1, 2, 6)
+
+
+def test_axes_that_were_unknown_are_looked_at_once_they_are_there():
+    layer = SelfAttention(2, 4, Axial((8, 4)))
+    inputs = keras.Input((None, None, 6))
+    model = keras.Model(inputs, layer(inputs))
+    image = np.random.default_rng(0).normal(size=(1, 8, 4, 6)).astype("float32")
+    np.testing.assert_allclose(model.predict(image, verbose=0), to_numpy(layer(image)), atol=1e-5)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        call = tf.function(layer, input_signature=[tf.TensorSpec((1, None, None, 6))])
+        np.testing.assert_allclose(to_numpy(call(image)), to_numpy(layer(image)), atol=1e-5)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="must be those of the grid"):
+            call(np.swapaxes(image, 1, 2))
+    else:
+        with pytest.raises(ValueError, match="must be those of the grid"):
+            model.predict(np.swapaxes(image, 1, 2), verbose=0)
+
+
 # ---- Models and files of Keras -----------------------------------------------
 
 
@@ -246,6 +343,90 @@ def test_a_weights_file_of_other_sizes_gets_keras_own_message(tmp_path):
         keras_model(MultiHeadAttention).load_weights(tmp_path / "model.weights.h5")
 
 
+def transposed(weights):
+    return [weights[0].T, *weights[1:]]
+
+
+def flattened(weights):
+    return [weights[0].reshape(-1), *weights[1:]]
+
+
+def of_other_heads(weights):
+    return [weights[0].reshape(6, 4, 2), *weights[1:]]
+
+
+def heads_first(weights):
+    return [weights[0].reshape(2, 4, 6), *weights[1:]]
+
+
+def of_the_output(weights):  # whose kernel has the heads in front
+    return [*weights[:-2], weights[-2].reshape(6, 2, 4), weights[-1]]
+
+
+def of_a_bias(weights):
+    return [weights[0], weights[1].reshape(4, 2), *weights[2:]]
+
+
+@pytest.mark.parametrize("change", [transposed, flattened, of_other_heads, heads_first])
+@pytest.mark.parametrize("output", [of_the_output, of_a_bias, None])
+def test_weights_of_another_shape_are_refused(change, output):
+    for layer in (MultiHeadAttention(2, 4), SelfAttention(2, 4), GroupedQueryAttention(4, 2, 2)):
+        layer.build(*([(None, None, 6)] * (1 if isinstance(layer, SelfAttention) else 2)))
+        weights = layer.get_weights()
+        wrong = (change if output is None else output)(weights)
+        with pytest.raises(ValueError, match=r"weight '.*(kernel|bias)' must have shape \(.*Recei"):
+            layer.set_weights(wrong)
+        for found, expected in zip(layer.get_weights(), weights, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def attention_model(layer, features=8):
+    inputs = keras.Input((None, features))
+    return keras.Model(inputs, layer(inputs, inputs))
+
+
+FILES = {
+    "keras, other heads": (keras.layers.MultiHeadAttention, (4, 2), (2, 4), 8),
+    "own, other heads": (MultiHeadAttention, (4, 2), (2, 4), 8),
+    "own, other features": (MultiHeadAttention, (2, 8), (2, 4), 16),
+    "own, other heads of keys": (GroupedQueryAttention, (2, 4, 4), (4, 4, 2), 8),
+}
+
+
+@pytest.mark.parametrize("suffix", ["weights.h5", "keras"])
+@pytest.mark.parametrize(("kind", "saved", "wanted", "features"), FILES.values(), ids=FILES)
+def test_a_file_of_another_shape_is_refused(kind, saved, wanted, features, suffix, tmp_path):
+    options, path = {"use_bias": False, "name": "attention"}, tmp_path / f"model.{suffix}"
+    ours = GroupedQueryAttention if kind is GroupedQueryAttention else MultiHeadAttention
+    written = attention_model(kind(*saved, **options))
+    model = attention_model(ours(*wanted, **options), features)
+    written.save_weights(path) if suffix == "weights.h5" else written.save(path)
+    with pytest.raises(ValueError, match=r"must have shape \(.*Received: shape="):
+        model.load_weights(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"output_shape": (3, 2), "use_gate": True}])
+def test_a_file_of_ours_is_one_of_keras(options, tmp_path):
+    options = {**options, "name": "attention"}
+    ours = attention_model(MultiHeadAttention(2, 4, **options))
+    theirs = attention_model(keras.layers.MultiHeadAttention(2, 4, **options))
+    ours.save_weights(tmp_path / "model.weights.h5")
+    theirs.load_weights(tmp_path / "model.weights.h5")
+    x = inputs(5, 8)
+    np.testing.assert_allclose(to_numpy(theirs(x)), to_numpy(ours(x)), atol=1e-5)
+
+
+def test_a_file_of_flat_kernels_loads(tmp_path):
+    """As an earlier version wrote them: those of a Dense layer."""
+    ours, plain = MultiHeadAttention(2, 4), keras.layers.Dense(8)
+    ours.build((None, None, 8), (None, None, 8))
+    plain.build((None, 8))
+    store = {}
+    plain.save_own_variables(store)
+    ours.query_dense.load_own_variables({name: to_numpy(x) for name, x in store.items()})
+    np.testing.assert_array_equal(to_numpy(ours.query_dense.kernel), to_numpy(plain.kernel))
+
+
 def test_cloning_turns_the_layers_of_a_model_into_ours():
     theirs = keras_model()
 
@@ -280,10 +461,71 @@ class Unregistered(Pattern):
 
 def test_a_file_with_an_unknown_pattern_names_what_to_import(tmp_path, monkeypatch):
     model = keras_model(MultiHeadAttention, pattern=Unregistered())
-    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="'Unregistered', a class that is not registered"):
+        model.save(tmp_path / "model.keras")
     monkeypatch.delattr("tests.test_drop_in.Unregistered")
     with pytest.raises((TypeError, ValueError), match=r"(?s)Unregistered.*import"):
         keras.models.load_model(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("pattern", [Unregistered(), Causal() & ~Unregistered()], ids=repr)
+def test_saving_a_pattern_that_is_not_registered_warns(pattern):
+    for layer in (SelfAttention(2, 4, pattern), MultiHeadAttention(2, 4, pattern=pattern)):
+        with pytest.warns(UserWarning, match=r"'Unregistered', a class.*register_keras_serializ"):
+            layer.get_config()
+        with pytest.warns(UserWarning, match="is not registered"):
+            keras.saving.serialize_keras_object(layer)
+    SelfAttention(2, 4, Causal() & Near(3)).get_config()  # that one is
+
+
+WRITTEN = """
+import sys, warnings
+import keras, numpy as np
+from sparse_attn import Causal, Pattern
+from sparse_attn.layers import SelfAttention
+
+class Back(Pattern):
+    def __call__(self, q_pos, k_pos):
+        return q_pos - k_pos < 3
+
+warnings.simplefilter("ignore")
+x = keras.Input((5, 6))
+model = keras.Model(x, SelfAttention(2, 4, Causal() & Back())(x))
+model.save(sys.argv[1] + "/model.keras")
+np.save(sys.argv[1] + "/out.npy", model.predict(np.ones((1, 5, 6)), verbose=0))
+"""
+LOADED = """
+import sys
+import keras, numpy as np
+from sparse_attn import Pattern
+
+def load(**options):
+    return keras.models.load_model(sys.argv[1] + "/model.keras", **options)
+
+def check(model):
+    found = model.predict(np.ones((1, 5, 6)), verbose=0)
+    np.testing.assert_allclose(found, np.load(sys.argv[1] + "/out.npy"), atol=1e-6)
+
+class Back(Pattern):
+    def __call__(self, q_pos, k_pos):
+        return q_pos - k_pos < 3
+
+try:
+    load()
+except (TypeError, ValueError) as error:
+    told = str(error)
+assert "'Back'" in told and "register_keras_serializable" in told, told
+check(load(custom_objects={"Back": Back}))
+keras.saving.register_keras_serializable()(Back)
+check(load())
+"""
+
+
+def test_the_advice_on_loading_works_in_a_fresh_process(tmp_path):
+    for code in (WRITTEN, LOADED):
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        assert run.returncode == 0, run.stderr
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -717,7 +959,7 @@ def test_grouped_query_attention_knows_its_own_arguments_alone(name):
 def test_a_file_with_an_unknown_pattern_names_the_missing_import():
     config = SelfAttention(2, 4, Causal() & Near(3)).get_config()
     text = json.dumps(config).replace("tests>Near", "tests>Far")
-    with pytest.raises(ValueError, match=r"'tests>Far'. Before you load, import 'tests.cases'"):
+    with pytest.raises(ValueError, match=r"'tests>Far', .*'tests.cases'. Before you load, import"):
         SelfAttention.from_config(json.loads(text))
     again = SelfAttention.from_config(json.loads(json.dumps(config)))
     assert again.pattern == Causal() & Near(3)

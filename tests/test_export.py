@@ -85,7 +85,7 @@ pytestmark = [
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel from PyTorch")
-@pytest.mark.parametrize("name", ["heads", "scores"])
+@pytest.mark.parametrize("name", ["heads", "scores", "blocks"])
 def test_a_saved_model_in_a_process_that_knows_tensorflow_alone(name, tmp_path):
     pytest.importorskip("tensorflow", reason="what serves a SavedModel is not installed")
     model = make_model(name)
@@ -109,17 +109,38 @@ CONVERTERS = {"tensorflow": "tf2onnx", "torch": "onnxscript"}
 FEW = {"grid", "scores"}  # PyTorch alone converts in a second or two
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="jax2onnx does not reckon with unknown lengths")
-@pytest.mark.parametrize("name", [name for name in LAYERS if BACKEND == "torch" or name in FEW])
-def test_onnx_in_its_own_runtime(name, tmp_path):
+no_names = pytest.mark.skipif(
+    BACKEND == "jax", reason="jax2onnx does not reckon with unknown lengths"
+)
+
+
+def as_onnx(model, path):
+    """A model, exported to a file of ONNX, as a function."""
     for package in (CONVERTERS[BACKEND], "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package}, of the extra [onnx], is not installed")
     import onnxruntime
 
-    model, path = make_model(name), str(tmp_path / "model.onnx")
     model.export(path, format="onnx", verbose=False)
     session = onnxruntime.InferenceSession(path)
+    return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+@no_names
+@pytest.mark.parametrize("name", [name for name in LAYERS if BACKEND == "torch" or name in FEW])
+def test_onnx_in_its_own_runtime(name, tmp_path):
+    model = make_model(name)
+    run = as_onnx(model, str(tmp_path / "model.onnx"))
     for n, b in SIZES:
-        (found,) = session.run(None, {session.get_inputs()[0].name: inputs(n, b)})
-        np.testing.assert_allclose(found, to_numpy(model(inputs(n, b))), atol=1e-4)
+        np.testing.assert_allclose(run(inputs(n, b)), to_numpy(model(inputs(n, b))), atol=1e-4)
+
+
+@no_names
+def test_onnx_gives_nan_beyond_the_length_of_a_pattern(tmp_path):
+    x = keras.Input((None, 8))
+    model = keras.Model(x, SelfAttention(2, 4, Neighborhood((16,), 1))(x))
+    good, bad = (np.random.default_rng(n).normal(size=(2, n, 8)) for n in (16, 17))
+    expected = to_numpy(model(good))
+    run = as_onnx(model, str(tmp_path / "model.onnx"))
+    np.testing.assert_allclose(run(good.astype("float32")), expected, atol=1e-4)
+    assert np.isnan(run(bad.astype("float32"))).all()

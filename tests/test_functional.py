@@ -291,6 +291,11 @@ def _check_that_keys_do_not_matter(pattern, n, hidden, poison, g=2, query=slice(
     found = outputs_and_gradients(function, (q, k, v), cotangents)
     for x, y in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
         np.testing.assert_array_equal(x, y)
+    options.pop("max_score_bytes")
+    out, _, gradients = dense_attention(q, k, v, pattern, out_grad=cotangents[0], **options)
+    close(found[0][0], out, "out")
+    for name, gradient in zip(("query", "key", "value"), found[1], strict=True):
+        close(gradient, gradients[name], name)
 
 
 @pytest.mark.parametrize(

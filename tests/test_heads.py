@@ -152,7 +152,11 @@ X = np.ones((1, 6, 3, 4), "float32")
             ValueError,
             "Two PerHead must have equally many patterns. Received: {2, 3}",
         ),
-        (lambda: plan(PerHead([Full()]), 5), TypeError, "`pattern` must be one of the `patterns`"),
+        (
+            lambda: plan(PerHead([Full()]), 5),
+            TypeError,
+            r"of one head: \[plan\(p, n\) for p in pattern.patterns\] .* Received: pattern=PerHead",
+        ),
         (lambda: PerHead([Full()])(1, 2), TypeError, "call one of its `patterns`"),
     ],
 )

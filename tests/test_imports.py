@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import keras
 import pytest
 
 import sparse_attn
@@ -10,15 +11,25 @@ import sparse_attn
 ROOT = Path(sparse_attn.__file__).parent
 # What each module of the package may import, of the package and of elsewhere.
 ALLOWED = {
+    "_startup": {"os", "pathlib", "re", "signal", "sys"},
     "checks": {"inspect", "math", "numbers", "operator"},
-    "tensors": {"keras", "numpy", "checks"},
+    "tensors": {"keras", "numpy", "checks", "tracing"},
     "reshaping": {"collections", "dataclasses", "functools", "operator", "einops", "keras"}
     | {"tracing"},
     "pictures": {"itertools", "re", "numpy"},
-    "patterns": {"abc", "dataclasses", "functools", "math", "operator", "numpy", "checks"}
+    "patterns": {
+        "abc",
+        "dataclasses",
+        "functools",
+        "inspect",
+        "math",
+        "operator",
+        "numpy",
+        "checks",
+    }
     | {"pictures"},
     "recipes": {"abc", "checks", "patterns"},
-    "expressions": {"ast", "patterns", "recipes"},
+    "expressions": {"ast", "difflib", "inspect", "patterns", "recipes"},
     "layouts": {"functools", "itertools", "math", "dataclasses", "typing", "numpy", "reshaping"}
     | {"checks", "keras", "tracing"},
     "masking": {"functools", "keras", "reshaping", "checks", "tensors"},
@@ -31,12 +42,16 @@ ALLOWED = {
     "costs": {"functools", "itertools", "math", "operator", "dataclasses", "numpy", "reshaping"}
     | {"keras", "bounds", "checks", "layouts", "patterns", "plan", "stream", "terms", "tracing"},
     "chosen": {"itertools", "reshaping", "keras", "layouts", "masking", "tracing"},
-    "attend": {"checks", "functools", "re", "einops", "keras", "masking", "tensors"},
-    "tracing": {"contextlib", "keras"},
+    "attend": {"checks", "functools", "keras", "masking", "tensors", "tracing"},
+    "tracing": {"contextlib", "functools", "operator", "einops", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "typing", "keras"}
     | {"reshaping", "attend", "layouts", "masking", "scores", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
-    "show": {"argparse", "os", "pathlib", "sys", "parse_pattern", "patterns", "plan"},
+    "show": {"argparse", "parse_pattern", "patterns", "plan", "terminal"},
+    "terminal": {"argparse", "contextlib", "os", "pathlib", "shutil", "signal", "sys", "textwrap"}
+    | {"pictures"},
+    "training": {"os", "pathlib", "signal", "sys", "sysconfig", "tempfile", "time", "keras"}
+    | {"numpy", "terminal"},
     "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks", "masking"}
     | {"tracing"},
     "tiles": {"functools", "math", "dataclasses", "reshaping", "keras", "numpy", "bounds"}
@@ -92,10 +107,31 @@ def test_imports_within_functions():
         assert imports(path, functions=True) == expected.get(path.stem, set())
 
 
+def test_import_star_overwrites_no_usual_name():
+    names = {}
+    exec("from keras import layers\nplan = 'mine'\nfrom sparse_attn import *", names)  # noqa: S102
+    assert names["layers"] is keras.layers
+    assert names["plan"] == "mine"
+    assert not {"masking", "reference", "__version__"} & names.keys()
+    assert names["sparse_attention"] is sparse_attn.sparse_attention
+    assert not [name for name in sparse_attn.__all__ if name.islower() and "_" not in name]
+
+
+def test_names_that_import_star_leaves_out_are_public_all_the_same():
+    from sparse_attn import __version__, layers, masking, plan, reference
+
+    assert callable(plan)
+    assert plan is sparse_attn.plan
+    assert issubclass(layers.SelfAttention, keras.layers.Layer)
+    assert callable(masking.sequence_mask)
+    assert callable(reference.dense_attention)
+    assert __version__ == sparse_attn.__version__
+
+
 def test_main_job_uses_the_public_api_only():
     tree = ast.parse((ROOT / "__main__.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("sparse_attn"):
             module = __import__(node.module, fromlist=["__all__"])
-            assert {alias.name for alias in node.names} <= set(module.__all__)
+            assert {alias.name for alias in node.names} <= {*module.__all__, "plan", "__version__"}
     assert len((ROOT / "__main__.py").read_text().splitlines()) < 150

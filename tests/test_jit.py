@@ -1,20 +1,41 @@
-"""JAX, where nothing is jitted, and where a layer is; elsewhere the tests jit what they compare."""
+"""JAX, where nothing is jitted, where a layer is, and where lengths are names; other tests jit."""
 
 import keras
 import numpy as np
 import pytest
 
+import sparse_attn
 from sparse_attn import (
+    Atrous,
+    Axial,
+    Band,
+    BigBird,
+    Blocks,
     Causal,
+    Dilated,
+    Fixed,
+    Full,
+    Global,
+    Grid,
     Local,
+    Longformer,
+    Neighborhood,
+    Pattern,
     PerHead,
     Prefix,
+    PrefixLM,
+    Random,
+    SparseTransformer,
+    StreamingLLM,
+    Strided,
     sparse_attention,
     stream,
 )
+from sparse_attn.functional import attention_weights
 from sparse_attn.layers import SelfAttention
+from sparse_attn.patterns import And, Not, Or
 from sparse_attn.reference import dense_attention
-from tests.compare import FLOAT, close, random_inputs, random_masks, to_numpy
+from tests.compare import FLOAT, at_once, close, random_inputs, random_masks, to_numpy
 
 jax = pytest.importorskip("jax", reason="the extra [jax] is not installed")
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="jit is JAX's")
@@ -62,3 +83,86 @@ def test_a_jitted_step_of_a_layer_is_traced_once_for_each_length():
         assert np.isfinite(loss)
         assert all(np.isfinite(x).all() for x in gradients)
     assert traces == [(1, 5, 8), (1, 9, 8)]
+
+
+# ---- Exported with names for lengths -------------------------------------------
+
+UNKNOWN = {  # every pattern class of the package
+    "bands": [Full(), Causal(), Local(3), Atrous(3), Strided(4), Dilated(2, 3), Band(-2, 5)],
+    "chosen": [Fixed(4), Prefix(2), Global((1, 5)), Longformer(2, (0, 9)), StreamingLLM(3, 2)],
+    "blocks": [Blocks(4), PrefixLM(4), SparseTransformer(4), Random(64, 4, 2), BigBird(64, 4, 1)],
+    "grids": [Neighborhood((16, 4), 1), Axial((16, 4)), Grid((3,), (Band(1, 0), Band()))],
+    "combined": [
+        Causal() & Neighborhood((4, 4, 4), 2),
+        Random(64, 4, 2) | Local(3) | Global(1),
+        ~Random(64, 4, 2) & Blocks(8),
+        Causal() & (Axial((8, 8)) | BigBird(64, 4, 1)),
+    ],
+}
+
+
+def exported(function, *shapes):
+    """A function exported for float32 tensors of these shapes, such as `"b, n, 2, 4"`."""
+    scope = jax.export.SymbolicScope()
+    specs = [
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), "float32")
+        for shape in shapes
+    ]
+    return jax.export.export(jax.jit(function))(*specs).call
+
+
+def kinds_of_patterns(kind=Pattern):
+    for each in kind.__subclasses__():
+        yield from [each, *kinds_of_patterns(each)]
+
+
+def test_every_pattern_class_is_among_those_that_are_exported():
+    public = {kind for kind in kinds_of_patterns() if kind.__name__ in sparse_attn.__all__}
+    tested = {type(pattern) for patterns in UNKNOWN.values() for pattern in patterns}
+    assert tested | {And, Or, Not, PerHead} >= public
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_patterns_are_exported_with_unknown_lengths(kind):
+    patterns = UNKNOWN[kind]
+
+    def function(q, k, v):
+        return [sparse_attention(q, k, v, pattern) for pattern in patterns]
+
+    call = exported(function, "b, n, 2, 4", "b, m, 2, 4", "b, m, 2, 3")
+    for n, m in ((13, 29), (50, 50)):
+        inputs = random_inputs(n, m)
+        for pattern, out in zip(patterns, call(*inputs), strict=True):
+            close(to_numpy(out), dense_attention(*inputs, pattern)[0], f"{pattern!r} at {n}, {m}")
+
+
+@pytest.mark.parametrize(
+    "pattern", [BigBird(64, 4, 1), Causal() & Neighborhood((16, 4), 1)], ids=repr
+)
+def test_weights_are_exported_with_unknown_lengths(pattern):
+    def function(q, k, v):
+        return attention_weights(q, k, pattern) @ v.transpose(0, 2, 1, 3)
+
+    call = exported(function, "b, n, 2, 4", "b, n, 2, 4", "b, n, 2, 3")
+    for n in (13, 50):
+        inputs = random_inputs(n, n)
+        out = to_numpy(call(*inputs)).transpose(0, 2, 1, 3)
+        close(out, dense_attention(*inputs, pattern)[0], "out")
+
+
+@pytest.mark.parametrize("pattern", [Local(3), Neighborhood((16, 4), 1)], ids=repr)
+def test_a_layer_is_exported_with_unknown_axes_of_positions(pattern):
+    layer = SelfAttention(2, 4, pattern)
+    layer.build((None, None, None, 8))
+    call = exported(lambda x: layer(x), "b, y, x, 8")
+    for shape in ((2, 5, 4, 8), (2, 16, 4, 8)):
+        x = np.random.default_rng(0).normal(size=shape).astype("float32")
+        close(to_numpy(call(x)), to_numpy(at_once(layer)(x)), "out")
+
+
+@pytest.mark.parametrize("pattern", [BigBird(16, 4, 1), Axial((4, 4)) & Causal()], ids=repr)
+def test_an_exported_function_gives_nan_beyond_the_length_of_a_pattern(pattern):
+    call = exported(lambda x: sparse_attention(x, x, x, pattern), "b, n, 2, 4")
+    good, bad = (random_inputs(n, n)[0] for n in (16, 17))
+    close(to_numpy(call(good)), dense_attention(good, good, good, pattern)[0], "out")
+    assert np.isnan(call(bad)).all()

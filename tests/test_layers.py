@@ -9,11 +9,27 @@ import keras
 import numpy as np
 import pytest
 
-from sparse_attn import Atrous, Band, Blocks, Causal, Full, Local, Prefix, Strided
+from sparse_attn import (
+    ALiBi,
+    Atrous,
+    Band,
+    Blocks,
+    Causal,
+    Full,
+    Local,
+    Neighborhood,
+    PerHead,
+    Prefix,
+    StreamingLLM,
+    Strided,
+)
+from sparse_attn.functional import attention_weights
 from sparse_attn.layers import (
     AtrousSelfAttention,
+    GroupedQueryAttention,
     LocalSelfAttention,
     MultiHeadAttention,
+    RotaryEmbedding,
     SelfAttention,
     StridedSelfAttention,
 )
@@ -555,4 +571,190 @@ def test_segments_are_an_input_of_a_functional_model():
     layer = model.layers[-1]
     mask = numbers[:, :, None] == numbers[:, None, :]
     expected = to_numpy(layer(data, attention_mask=mask))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# ---- Queries at other positions than 0, 1, 2, ... -----------------------------
+
+PLACED = {
+    "causal": {"pattern": Causal()},
+    "window": {"pattern": Causal() & Local(3)},
+    "rotary": {"pattern": Causal() & Local(4), "rotary_embedding": RotaryEmbedding()},
+    "alibi": {"pattern": Strided(3), "score_mod": ALiBi(2)},
+    "per head": {"pattern": PerHead([Causal(), Local(2)])},
+}
+KINDS = {
+    "multi-head": lambda **options: MultiHeadAttention(2, 4, **options),
+    "grouped": lambda **options: GroupedQueryAttention(4, 2, 1, **options),
+    "self": lambda **options: SelfAttention(2, 4, **options),
+}
+
+
+@pytest.mark.parametrize("where", [9, [2, 9, 12], [12]], ids=str)
+@pytest.mark.parametrize("options", PLACED.values(), ids=PLACED)
+@pytest.mark.parametrize("kind", ["multi-head", "grouped"])
+def test_queries_at_positions_are_those_rows_of_the_whole(kind, options, where):
+    """Values, weights and gradients."""
+    layer, x = KINDS[kind](**options), inputs(13)
+    layer.build(x.shape, x.shape)
+    rows = np.arange(where, 13) if isinstance(where, int) else np.array(where)
+    cotangent = RNG.normal(size=(2, len(rows), 6)).astype("float32")
+
+    def whole(x):
+        return [keras.ops.take(layer(x, x), rows, axis=1)]
+
+    def placed(x):
+        return [layer(keras.ops.take(x, rows, axis=1), x, query_positions=where)]
+
+    (expected,), by_whole = outputs_and_gradients(whole, [x], [cotangent])
+    (found,), gradients = outputs_and_gradients(placed, [x], [cotangent])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(gradients[0], by_whole[0], atol=1e-5)
+    _, weights = layer(x, x, return_attention_scores=True)
+    call = {"query_positions": where, "return_attention_scores": True}
+    _, few = layer(x[:, rows], x, **call)
+    np.testing.assert_allclose(to_numpy(few), to_numpy(weights)[:, :, rows], atol=1e-6)
+
+
+@pytest.mark.parametrize("where", [9, [2, 9, 12], [12]], ids=str)
+def test_queries_at_positions_equal_the_oracle(where):
+    """Values and gradients."""
+    layer, x = MultiHeadAttention(2, 4, pattern=Causal() & Local(3)), inputs(13)
+    query = inputs(4 if isinstance(where, int) else len(where))
+    layer.build(query.shape, x.shape)
+    cotangent = RNG.normal(size=query.shape).astype("float32")
+
+    def call(query, x):
+        return [layer(query, x, query_positions=where)]
+
+    (found,), gradients = outputs_and_gradients(call, [query, x], [cotangent])
+    expected = oracle(layer, query, x, query_positions=where)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    kernels = [
+        to_numpy(dense.kernel)
+        for dense in (layer.query_dense, layer.key_dense, layer.value_dense, layer.output_dense)
+    ]
+    q, k, v = (
+        (each @ kernel).reshape(*each.shape[:2], 2, 4)
+        for each, kernel in zip((query, x, x), kernels, strict=False)
+    )
+    out_grad = (cotangent @ kernels[3].T).reshape(q.shape)
+    _, _, by_head = dense_attention(
+        q, k, v, layer.pattern, query_positions=where, out_grad=out_grad
+    )
+    by_query, by_key, by_value = (
+        by_head[name].reshape(*by_head[name].shape[:2], -1) @ kernel.T
+        for name, kernel in zip(("query", "key", "value"), kernels, strict=False)
+    )
+    np.testing.assert_allclose(gradients[0], by_query, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], by_key + by_value, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", [9, [2, 9, 12]], ids=str)
+def test_weights_of_queries_at_positions(where):
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(1, 3, 2, 4)), rng.normal(size=(1, 13, 2, 4))
+    pattern = Causal() & Local(4)
+    weights = to_numpy(attention_weights(q, k, pattern, query_positions=where))
+    identity = np.broadcast_to(np.eye(13)[None, :, None], (1, 13, 2, 13))
+    expected, _ = dense_attention(q, k, identity, pattern, query_positions=where)
+    np.testing.assert_allclose(weights, np.moveaxis(expected, 2, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_query_positions_are_an_input_of_a_functional_model(kind):
+    layer, x = KINDS[kind](pattern=Causal() & Local(3)), inputs(13)
+    rows = np.array([4, 5, 7] + [8] * 10, "int32")
+    query, where = keras.Input((13, 6)), keras.Input(batch_shape=(13,), dtype="int32")
+    inner = (query,) if kind == "self" else (query, query)
+    model = keras.Model([query, where], layer(*inner, query_positions=where))
+    expected = layer(*(x,) * len(inner), query_positions=rows)
+    np.testing.assert_allclose(to_numpy(model([x, rows])), to_numpy(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "message"),
+    [
+        (-1, ValueError, "`query_positions` must be"),
+        ([1, 2], ValueError, "`query_positions` must have shape"),
+        ([0.5], TypeError, "`query_positions` must be of an int dtype"),
+        (20, ValueError, r"`query_positions` must be in \[0, 20\)"),
+    ],
+    ids=str,
+)
+def test_wrong_query_positions_are_named(where, error, message):
+    layer, x = MultiHeadAttention(2, 4, pattern=Neighborhood((20,), 2)), inputs(13)
+    with pytest.raises(error, match=message):
+        layer(x[:, :1], x, query_positions=where)
+
+
+def test_a_rotary_embedding_without_positions_is_named():
+    class Turn(keras.layers.Layer):
+        def call(self, x):
+            return x
+
+    layer, x = MultiHeadAttention(2, 4, rotary_embedding=Turn()), inputs(13)
+    with pytest.raises(ValueError, match="`rotary_embedding` must take `positions`"):
+        layer(x[:, :1], x, query_positions=3)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Causal(), Causal() & Local(9), Local((3, 0)), StreamingLLM(5), PerHead([Causal()] * 2)],
+    ids=repr,
+)
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_one_query_for_many_keys_under_a_causal_pattern_warns_once(pattern, symbolic):
+    layer = MultiHeadAttention(2, 4, pattern=pattern)
+    query, value = inputs(1), inputs(13)
+    if symbolic:
+        query, value = keras.Input((1, 6)), keras.Input((13, 6))
+    with pytest.warns(UserWarning, match=r"one query for 13 keys.*`query_positions`"):
+        layer(query, value)
+    layer(query, value)  # once
+
+
+@pytest.mark.parametrize("pattern", [None, Local(3), Causal() | Prefix(2), Near(2)], ids=repr)
+def test_one_query_for_many_keys_does_not_warn_otherwise(pattern):
+    x = inputs(13)
+    MultiHeadAttention(2, 4, pattern=pattern)(x[:, :1], x)
+    causal = MultiHeadAttention(2, 4, pattern=Causal())
+    causal(x[:, :1], x, query_positions=12)
+    causal(x[:, :2], x)
+    causal(x[:, :1], x[:, :1])
+
+
+def test_one_query_with_use_causal_mask_warns():
+    x = inputs(13)
+    with pytest.warns(UserWarning, match="one query for 13 keys"):
+        MultiHeadAttention(2, 4)(x[:, :1], x, use_causal_mask=True)
+
+
+# ---- One input, and masks of its keys -----------------------------------------
+
+
+def test_self_attention_says_that_it_takes_one_input():
+    x = inputs()
+    for layer in (SelfAttention(2, 4), LocalSelfAttention(2, 4, 3)):
+        with pytest.raises(ValueError, match=f"{type(layer).__name__} takes one input.*MultiHead"):
+            layer(x, x)
+        with pytest.raises(ValueError, match="takes one input"):
+            layer(keras.Input((None, 6)), keras.Input((None, 6)))
+
+
+@every_layer
+def test_a_mask_of_keys_joins_that_of_padding(make):
+    layer, x = make(), inputs()
+    padding = np.arange(13) < np.array([[13], [9]])
+    keys = RNG.random((2, 13)) < 0.7
+    found = to_numpy(layer(x, mask=padding, key_mask=keys))
+    expected = oracle(layer, x, query_mask=padding, key_mask=padding & keys)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    found = to_numpy(layer(x, key_mask=keys))
+    np.testing.assert_allclose(found, oracle(layer, x, key_mask=keys), atol=1e-5)
+    tokens = np.where(padding, 1, 0)
+    embedded = keras.layers.Embedding(3, 6, mask_zero=True)(tokens)
+    found = to_numpy(layer(embedded, key_mask=keys))
+    embedded = to_numpy(embedded)
+    expected = oracle(layer, embedded, query_mask=padding, key_mask=padding & keys)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -1,6 +1,7 @@
 """Patterns: their meaning, their algebra, and how they are named, compared and saved."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -455,7 +456,7 @@ def test_parse(text, pattern):
 @examples(50)
 def test_parse_reads_every_repr_of_our_own_patterns(pattern):
     if "Near" in repr(pattern) or "Diagonals" in repr(pattern):
-        with pytest.raises(ValueError, match="A pattern must be made of And, Atrous"):
+        with pytest.raises(ValueError, match=r"There is no pattern (Near|Diagonals)"):
             parse_pattern(repr(pattern))
     else:
         assert parse_pattern(repr(pattern)) == pattern
@@ -466,10 +467,15 @@ def test_parse_reads_every_repr_of_our_own_patterns(pattern):
     [
         ("Local", r"made by a call, Local\(...\). Received: Local"),
         ("Local(-1)", r"`window` must be a non-negative int.* Received: window=-1"),
-        ("Lokal(1)", r"A pattern must be made of .*Received: Lokal\(1\)"),
-        ("Causal() and Local(1)", r"Received: Causal\(\) and Local\(1\)"),
+        ("local(4)", r"There is no pattern local\. Did you mean Local\? Received: local\(4\)"),
+        ("Causal() & Lokal", r"no pattern Lokal\. Did you mean Local\? Received: Lokal"),
+        ("PerHead([bigbird(64)])", r"Did you mean BigBird\? Received: bigbird\(64\)"),
+        ("xyz(1)", r"no pattern xyz\. There are And, Atrous, .* Received: xyz\(1\)"),
+        ("Causal() and Local(1)", r"not by `and`, .* Received: Causal\(\) and Local\(1\)"),
+        ("not Causal()", r"not by `and`, `or` and `not`. Received: not Causal\(\)"),
+        ("Causal() + Local(1)", r"calls such as Local\(64\), .*Received: Causal\(\) \+ Local"),
         ("__import__('os').system('true')", r"A pattern must be made of .*Received: __import__"),
-        ("Local(open('x'))", r"A pattern must be made of .*Received: open\('x'\)"),
+        ("Local(open('x'))", r"There is no pattern open\. .*Received: open\('x'\)"),
         ("Local(1", "`text` must be a pattern. Received: text='Local\\(1'"),
         ("", "`text` must be a pattern. Received: text=''"),
         ("Local(1 + 2)", r"must be a literal or a pattern\. Received: 1 \+ 2"),
@@ -483,6 +489,37 @@ def test_parse_refuses_anything_else(text, message):
         parse_pattern(text)
 
 
+def test_help_shows_the_arguments_of_a_pattern():
+    class Plain(Pattern):
+        def __call__(self, q_pos, k_pos):
+            return q_pos == k_pos
+
+    assert list(inspect.signature(Local).parameters) == ["window"]
+    assert list(inspect.signature(Band).parameters) == ["left", "right", "rate"]
+    assert list(inspect.signature(PerHead).parameters) == ["patterns"]
+    assert "(self" not in str(inspect.signature(Plain))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Local()", r"Local\(window\): missing a required argument: 'window'. Received: Local\(\)"),
+        ("Local(size=3)", r"Local\(window\): it has no argument 'size'. Received: Local\(size=3\)"),
+        ("Causal(3)", r"Causal\(\): too many positional arguments. Received: Causal\(3\)"),
+        (
+            "Local(1, window=2)",
+            r"multiple values for argument 'window'. Received: Local\(1, window",
+        ),
+        ("Local(window=1, window=2)", r"Local\(window\): a keyword is repeated, .*Received: Local"),
+        ("Local(**{})", r"Local\(window\): a keyword is repeated, or has no name. Received: Local"),
+        ("Fixed()", r"Fixed must be called as Fixed\(stride, summary=1\): missing a required"),
+    ],
+)
+def test_parse_tells_how_a_pattern_is_called(text, message):
+    with pytest.raises(TypeError, match=message):
+        parse_pattern(text)
+
+
 def test_parse_refuses_what_is_no_text():
     with pytest.raises(TypeError, match=r"`text` must be a str\. Received: text=3"):
         parse_pattern(3)
@@ -493,6 +530,15 @@ def test_text_shows_shares():
     assert Causal().text(4, width=4) == "█▒\n███▒"
     assert Atrous(4).text(64, width=8).splitlines()[0] == "░" * 8
     assert (Causal() & ~Causal()).text(5, width=10) == "\n" * 4
+
+
+def test_text_is_drawn_in_other_shades():
+    for pattern in (Causal(), Atrous(4) | Prefix(3), PerHead([Causal(), Local(2)])):
+        drawn = pattern.text(64, width=16)
+        translated = drawn.translate(str.maketrans(pictures.SHADES, pictures.ASCII_SHADES))
+        assert pattern.text(64, width=16, shades=" .:+#") == translated
+        assert translated.isascii()
+    assert Blocks(4).text(8, width=4, shades=".#") == "##..\n..##"
 
 
 def test_text_of_a_long_sequence_makes_no_square():
@@ -582,6 +628,9 @@ BAD = [
     (lambda: Causal() & Local, TypeError, "Received: <class '.*Local'>"),
     (lambda: Causal().mask(0), ValueError, "`n` must be a positive int. Received: n=0"),
     (lambda: Causal().mask(3, 2.5), TypeError, "`m` must be a positive int. Received: m=2.5"),
+    (lambda: Causal().text(5, shades=3), TypeError, "`shades` must be a str of at least 2"),
+    (lambda: Causal().text(5, shades="#"), ValueError, "`shades` must be a str of at least 2"),
+    (lambda: Causal().text(5, shades=" \n"), ValueError, "at least 2 printable characters"),
     (lambda: Causal().text(5, width=1), ValueError, "`width` must be an int of at least 2"),
     (lambda: Causal().svg(5, cells=0), ValueError, "`cells` must be a positive int"),
     (Pattern, TypeError, "abstract"),

@@ -18,6 +18,7 @@ from sparse_attn.layers import (
 )
 from sparse_attn.reference import dense_attention
 from tests.compare import (
+    BACKEND,
     FLOAT,
     outputs_and_gradients,
     random_inputs,
@@ -392,3 +393,73 @@ def test_each_row_may_have_positions_of_its_own(shape):
 def test_wrong_positions_are_named(options, error, message):
     with pytest.raises(error, match=message):
         RotaryEmbedding()(np.ones((2, 5, 4), "float32"), **options)
+
+
+@pytest.mark.parametrize("kind", [lambda **kw: PositionEmbedding(20, **kw), SinePositionEncoding])
+def test_a_position_layer_may_return_the_sum_with_its_mask(kind):
+    plain, sums, x = kind(), kind(add=True), some(2, 9, 4)
+    for layer in (plain, sums):
+        layer.build(x.shape)
+    sums.set_weights(plain.get_weights())
+    expected = x + to_numpy(plain(x, start_index=3))
+    np.testing.assert_allclose(to_numpy(sums(x, start_index=3)), expected, atol=1e-6)
+    tokens = keras.Input((None,), dtype="int32")
+    embedded = keras.layers.Embedding(5, 4, mask_zero=True)(tokens)
+    assert sums(embedded)._keras_mask is embedded._keras_mask
+    model = keras.Sequential(
+        [keras.layers.Embedding(5, 4, mask_zero=True), kind(add=True), SelfAttention(2, 4)]
+    )
+    padded, alone = np.array([[1, 2, 3, 0, 0]]), np.array([[1, 2, 3]])
+    found, expected = (to_numpy(model(each)) for each in (padded, alone))
+    np.testing.assert_allclose(found[:, :3], expected, atol=1e-6)
+    assert sums(keras.ops.cast(x, "float16")).dtype == sums(x).dtype
+    half = kind(add=True, dtype="mixed_float16")(x)
+    assert keras.backend.standardize_dtype(half.dtype) == "float16"
+
+
+def traced_positions(layer, xla):
+    """The layer compiled, with a length or a start that is not known before."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        specs = [tf.TensorSpec((1, None, 4)), tf.TensorSpec((), "int32")]
+        return tf.function(layer.call, input_signature=specs, jit_compile=xla)
+    import jax
+
+    return jax.jit(layer.call)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="it is eager: the position is known")
+@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize(("start", "length"), [(0, 9), (5, 3), (7, 1), (-1, 2)])
+def test_positions_beyond_the_table_are_an_error_or_nan(start, length, xla):
+    layer, x = PositionEmbedding(6), some(1, length, 4)
+    layer.build(x.shape)
+    if BACKEND != "tensorflow" and length > 6:
+        with pytest.raises(ValueError, match="`sequence_length`, 6"):
+            layer(x)
+        return
+    call = traced_positions(layer, xla)
+    within = to_numpy(call(x[:, :1], np.int32(5)))
+    np.testing.assert_allclose(within[:, 0], to_numpy(layer.embedding.embeddings)[5:6], atol=1e-6)
+    if BACKEND == "tensorflow" and not xla:
+        import tensorflow as tf
+
+        with pytest.raises(tf.errors.InvalidArgumentError, match="within `sequence_length`, 6"):
+            call(x, np.int32(start))
+    else:
+        assert np.isnan(to_numpy(call(x, np.int32(start)))).all()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's exporter")
+def test_an_exported_table_gives_nan_beyond_its_end():
+    import jax
+
+    layer = PositionEmbedding(6)
+    layer.build((1, None, 4))
+    (n,) = jax.export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((1, n, 4), "float32")
+    exported = jax.export.export(jax.jit(layer.call))(shape)
+    table = to_numpy(layer.embedding.embeddings)
+    np.testing.assert_allclose(to_numpy(exported.call(some(1, 6, 4)))[0], table, atol=1e-6)
+    assert np.isnan(to_numpy(exported.call(some(1, 7, 4)))).all()

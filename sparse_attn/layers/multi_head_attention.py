@@ -26,8 +26,9 @@ class MultiHeadAttention(Attention):
 
     Args:
         num_heads: number of heads, a positive int.
-        key_dim: features of a head's queries and keys, a positive int.
-        value_dim: features of a head's values, `key_dim` by default.
+        key_dim: features per head of queries and keys, a positive int: all heads
+            together are `num_heads * key_dim` wide.
+        value_dim: features per head of values, `key_dim` by default.
         dropout: the share of attention weights to drop in training, in [0, 1).
         use_bias: whether the Dense sublayers have biases.
         output_shape: features of the output, an int or a tuple of ints; those
@@ -63,8 +64,11 @@ class MultiHeadAttention(Attention):
         value_mask, key_mask: `(b|1, m)`, True = valid; Keras fills them in.
         attention_mask: `(n, m)`, `(b|1, n, m)` or `(b|1, h|1, n, m)`, True = may be
             attended, where `n` and `m` may be 1 as well; of size n * m by nature,
-            prefer a pattern. `(b, 1, m)` is a mask of keys. In all masks,
-            numbers count as True unless they are 0, as in Keras.
+            prefer a pattern. `(b, 1, m)` is a mask of keys. Masks may hold numbers
+            too: floats 0 and 1, or ints that count as True unless they are 0. What
+            is to be added to scores, such as -1e9, is an error. Where the numbers
+            are not known yet, TensorFlow raises it while it runs; with XLA and in
+            compiled JAX the output is NaN.
         return_attention_scores: whether to return the weights too. They are
             `(b, h, n, m)`: computed densely, whatever the pattern, and without
             dropout. The output is the same as without them.
@@ -73,6 +77,12 @@ class MultiHeadAttention(Attention):
         segment_ids: `(b, n)` ints, or a pair of them for queries and keys: only
             what has the same number may attend, as for several documents in
             one sequence.
+        query_positions: where the queries are not at `0, 1, 2, ...`, as those of a
+            decoder: an int, the position of the first of them, or `(n,)` ints. The
+            pattern, the `score_mod` and the `rotary_embedding`, which then must take
+            `positions`, follow it; keys stay at `0, 1, 2, ...`. Without it, one
+            query for several keys under a causal pattern sees the first key alone:
+            a layer warns of that once.
 
     Returns:
         `(b, n, *output_shape)`, or a pair of it and the weights.
@@ -208,7 +218,7 @@ class GroupedQueryAttention(Attention):
     in memory. With one head of keys this is multi-query attention.
 
     Args:
-        head_dim: features of a head, a positive int.
+        head_dim: features per head, a positive int.
         num_query_heads: a positive int.
         num_key_value_heads: a positive int that divides `num_query_heads`.
         dropout: the share of attention weights to drop in training, in [0, 1).

@@ -7,15 +7,16 @@ from keras import initializers, ops
 
 from sparse_attn.checks import check_bool, check_int, check_positive, check_tensor, received
 from sparse_attn.layers.arguments import read_object
+from sparse_attn.layers.base import BaseLayer
 from sparse_attn.layers.saving import HasPolicies
 from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import PositionBias, tensors_of
-from sparse_attn.tensors import to_tensor
-from sparse_attn.tracing import gather, size_of, value_of
+from sparse_attn.tensors import to_tensor, values_of
+from sparse_attn.tracing import gather, require, size_of, value_of
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class PositionEmbedding(HasPolicies, keras.layers.Layer):
+class PositionEmbedding(HasPolicies, BaseLayer):
     """A trained vector for each position, to be added to what stands there.
 
     An `Embedding` sublayer of the positions `start_index, start_index + 1, ...`.
@@ -23,19 +24,24 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
     Args:
         sequence_length: how many positions have a vector, a positive int.
         initializer: of the vectors.
+        add: whether the layer returns the sum of its input and the vectors. Unlike
+            `x + y` of symbols, it keeps the Keras mask, as `keras.layers.add` does.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Call arguments:
-        inputs: `(b, n, features)`; only its shape matters.
+        inputs: `(b, n, features)`; only its shape matters, unless `add`.
         start_index: the position of the first of them, a non-negative int, or an
             int tensor such as the number of positions generated so far.
 
     Returns:
-        `(b, n, features)`: the vectors, the same for each row of the batch.
+        `(b, n, features)`: the vectors, the same for each row of the batch; with `add`
+        the sum.
 
     Raises:
-        TypeError, ValueError: for an argument that is not as said above, and where
-            positions are known to lie beyond `sequence_length`.
+        TypeError, ValueError: for an argument that is not as said above, and for
+            positions beyond `sequence_length`. Where these are not known before,
+            TensorFlow raises its own error while it runs; with XLA, and compiled or
+            exported from JAX, all of the output is NaN.
 
     References:
         - [BERT, Devlin et al., 2018](https://arxiv.org/abs/1810.04805)
@@ -45,12 +51,16 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
     >>> import keras
     >>> from sparse_attn.layers import PositionEmbedding
     >>> x = keras.ops.ones((2, 10, 8))
-    >>> tuple((x + PositionEmbedding(100)(x)).shape)
+    >>> tuple(PositionEmbedding(100)(x).shape)
     (2, 10, 8)
+    >>> tokens = keras.Input((None,), dtype="int32")
+    >>> x = keras.layers.Embedding(256, 8, mask_zero=True)(tokens)
+    >>> x = PositionEmbedding(100, add=True)(x)  # or keras.layers.add; `+` drops the mask
     """
 
-    def __init__(self, sequence_length, initializer="glorot_uniform", **kwargs):
+    def __init__(self, sequence_length, initializer="glorot_uniform", add=False, **kwargs):
         super().__init__(**kwargs)
+        self.add = check_bool("add", add)
         self.supports_masking = True
         self.sequence_length = check_int("sequence_length", sequence_length, minimum=1)
         self.initializer = read_object(initializers, "initializer", initializer)
@@ -73,8 +83,16 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
         return _check_start(start_index, inputs.shape[1], self.sequence_length)
 
     def call(self, inputs, start_index=0):
-        positions = _positions(inputs, self._check(inputs, start_index))
-        return ops.broadcast_to(self.embedding(positions)[None], ops.shape(inputs))
+        start_index = self._check(inputs, start_index)
+        positions, last = _positions(inputs, start_index), self.sequence_length - 1
+        # Beyond the end frameworks would give NaN, the last vector or an error of their own.
+        found = self.embedding(ops.clip(positions, 0, last))[None]
+        found = ops.broadcast_to(found, ops.shape(inputs))
+        found = ops.cast(inputs, found.dtype) + found if self.add else found
+        if isinstance(start_index, int) and isinstance(inputs.shape[1], int):
+            return found
+        told = f"The positions must lie within `sequence_length`, {self.sequence_length}."
+        return require(found, ops.all((positions >= 0) & (positions <= last)), told)
 
     def compute_output_shape(self, inputs_shape):
         return inputs_shape
@@ -88,12 +106,13 @@ class PositionEmbedding(HasPolicies, keras.layers.Layer):
             **super().get_config(),
             "sequence_length": self.sequence_length,
             "initializer": initializers.serialize(self.initializer),
+            "add": self.add,
         }
         return self.with_policies(config, *([self.embedding] if self.built else []))
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class SinePositionEncoding(keras.layers.Layer):
+class SinePositionEncoding(BaseLayer):
     """Sines and cosines of each position, to be added to what stands there.
 
     Feature `2 i` is `sin(position * w)` and feature `2 i + 1` is
@@ -102,15 +121,17 @@ class SinePositionEncoding(keras.layers.Layer):
     Args:
         max_wavelength: a positive number; the longest wave is `2 pi` times as
             long, in positions.
+        add: whether the layer returns the sum of its input and the waves, with the
+            Keras mask; see `PositionEmbedding`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Call arguments:
-        inputs: `(b, n, features)`; only its shape matters.
+        inputs: `(b, n, features)`; only its shape matters, unless `add`.
         start_index: the position of the first of them, a non-negative int or an
             int tensor.
 
     Returns:
-        `(b, n, features)`, the same for each row of the batch.
+        `(b, n, features)`, the same for each row of the batch; with `add` the sum.
 
     Raises:
         TypeError, ValueError: for an argument that is not as said above.
@@ -119,8 +140,9 @@ class SinePositionEncoding(keras.layers.Layer):
         - [Attention Is All You Need, Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
     """
 
-    def __init__(self, max_wavelength=10_000, **kwargs):
+    def __init__(self, max_wavelength=10_000, add=False, **kwargs):
         super().__init__(**kwargs)
+        self.add = check_bool("add", add)
         self.supports_masking = True
         self.max_wavelength = check_positive("max_wavelength", max_wavelength)
 
@@ -134,7 +156,10 @@ class SinePositionEncoding(keras.layers.Layer):
         angles = _angles(positions, (features + 1) // 2, features, self.max_wavelength)
         waves = ops.stack([ops.sin(angles), ops.cos(angles)], axis=-1)
         waves = ops.reshape(waves, (-1, 2 * angles.shape[-1]))[:, :features]
-        return ops.broadcast_to(ops.cast(waves, self.compute_dtype)[None], ops.shape(inputs))
+        waves = ops.cast(waves, self.compute_dtype)[None]
+        if self.add:
+            return ops.cast(inputs, self.compute_dtype) + waves
+        return ops.broadcast_to(waves, ops.shape(inputs))
 
     def compute_output_shape(self, inputs_shape):
         return inputs_shape
@@ -145,11 +170,12 @@ class SinePositionEncoding(keras.layers.Layer):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self):
-        return {**super().get_config(), "max_wavelength": self.max_wavelength}
+        config = {"max_wavelength": self.max_wavelength, "add": self.add}
+        return {**super().get_config(), **config}
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class RotaryEmbedding(keras.layers.Layer):
+class RotaryEmbedding(BaseLayer):
     """Turns the features of queries and keys by angles that grow with the position.
 
     Feature `i` of the first half and feature `i` of the second are the two sides
@@ -210,6 +236,7 @@ class RotaryEmbedding(keras.layers.Layer):
         return 0, _check_positions(positions, start_index, shape)
 
     def call(self, inputs, start_index=0, positions=None):
+        inputs = to_tensor("inputs", inputs)
         start_index, positions = self._check(inputs, start_index, positions)
         features = inputs.shape[-1]
         positions = _positions(inputs, start_index) if positions is None else positions
@@ -238,7 +265,7 @@ class RotaryEmbedding(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
-class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
+class RelativePositionBias(HasPolicies, BaseLayer, PositionBias):
     """A trained number for each head and distance, added to the scores, as in T5.
 
     An `Embedding` sublayer of buckets of distances: one for each short distance,
@@ -349,7 +376,7 @@ class RelativePositionBias(HasPolicies, keras.layers.Layer, PositionBias):
         for name, x in pair.items():
             if not hasattr(x, "shape"):
                 raise TypeError(received(name, "a tensor of ints", x))
-            check_tensor(name, x, "int", (None,))
+            pair[name] = check_tensor(name, to_tensor(name, x, "ints"), "int", (None,))
         q_pos, k_pos = (ops.cast(x, "int32") for x in pair.values())
         return self.bias(q_pos[:, None], k_pos[None, :], heads, *tensors_of([self])[0])
 
@@ -382,7 +409,7 @@ def _check_rank(shape, features=None):
 
 def _check_start(start_index, length=None, limit=None):
     """The argument as an int or an int32 tensor; an int, or a tensor at hand, is looked at."""
-    known = start_index
+    start_index = known = values_of(start_index)
     if isinstance(start_index, keras.KerasTensor) or ops.is_tensor(start_index):
         check_tensor("start_index", start_index, "int", ())
         known = value_of(start_index)

@@ -1,5 +1,7 @@
 """How layers are saved: their patterns, and the policies of sublayers, quantized ones as well."""
 
+import warnings
+
 import keras
 from keras import dtype_policies
 
@@ -58,32 +60,57 @@ def save_shared(thing):
 
 
 def save_pattern(pattern):
-    """The config of a pattern, which tells where classes of a user's own are defined."""
-    modules = {
-        keras.saving.get_registered_name(kind): kind.__module__ for kind in _classes(pattern)
-    }
-    own = {name: module for name, module in modules.items() if not name.startswith("sparse_attn>")}
+    """The config of a pattern, which holds where classes of a user's own are defined.
+
+    A class that is not registered is saved all the same, with a warning.
+    """
+    own = {}
+    for kind in classes_of(pattern):
+        name = keras.saving.get_registered_name(kind)
+        if not name.startswith("sparse_attn>"):
+            own[name] = kind.__module__
+        if keras.saving.get_registered_object(name) is None:
+            warnings.warn(
+                f"`pattern` holds {kind.__name__!r}, a class that is not registered: what is saved "
+                "here cannot be loaded until it is. Put "
+                "`@keras.saving.register_keras_serializable()` above its definition.",
+                stacklevel=2,
+            )
     config = keras.saving.serialize_keras_object(pattern)
     return {**config, "defined_in": own} if own else config
 
 
 def load_pattern(config):
-    """The inverse of `save_pattern`, which tells what is to be imported first if anything is."""
-    known = keras.saving.get_registered_object
+    """The inverse of `save_pattern`, which says what is to be registered first if anything is."""
+    own = config.get("defined_in", {})
     try:
-        return keras.saving.deserialize_keras_object(config)
+        return keras.saving.deserialize_keras_object(config, custom_objects=_registered_since(own))
     except (TypeError, ValueError) as error:
-        for name, module in config.get("defined_in", {}).items():
-            if known(name) is None:
+        for name, module in own.items():
+            if keras.saving.get_registered_object(name) is None:
                 raise ValueError(
-                    f"`pattern` holds a class that is not known here, {name!r}. Before you load, "
-                    f"import {module!r}, where it is defined; it must be registered there by "
-                    "`keras.saving.register_keras_serializable`."
+                    f"`pattern` holds a class that is not known here, {name!r}, which was defined "
+                    f"in {module!r}. Before you load, import or define it, with "
+                    "`@keras.saving.register_keras_serializable()` above its definition; or give "
+                    "it to the loading function, as in "
+                    f"`custom_objects={{{name!r}: {name.rpartition('>')[2]}}}`."
                 ) from error
         raise
 
 
-def _classes(pattern):
+def _registered_since(own):
+    """Classes that were not registered when they were saved, but are now, by their old names."""
+    known = keras.saving.get_custom_objects()
+    found = {}
+    for name in own:
+        if ">" not in name and keras.saving.get_registered_object(name) is None:
+            named_so = [kind for each, kind in known.items() if each.rpartition(">")[2] == name]
+            if len(named_so) == 1:
+                found[name] = named_so[0]
+    return found
+
+
+def classes_of(pattern):
     """The classes of a pattern and of all patterns in it."""
     found, left = set(), [pattern]
     while left:

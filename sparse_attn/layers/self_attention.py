@@ -4,7 +4,6 @@ import keras
 
 from sparse_attn.checks import check_bool
 from sparse_attn.layers.arguments import read_pattern
-from sparse_attn.layers.attention import both, of_positions, read_mask
 from sparse_attn.layers.multi_head_attention import MultiHeadAttention
 from sparse_attn.layers.saving import save_pattern
 from sparse_attn.patterns import Atrous, Causal, Local, Strided
@@ -16,7 +15,8 @@ class SelfAttention(MultiHeadAttention):
 
     Args:
         num_heads: number of heads, a positive int.
-        key_dim: features of a head's queries and keys, a positive int.
+        key_dim: features per head of queries and keys, a positive int: all heads
+            together are `num_heads * key_dim` wide.
         pattern: a `Pattern`; `Full()` by default.
         causal: whether no position may attend to a later one; the layer's
             `pattern` then is `Causal() & pattern`.
@@ -26,8 +26,9 @@ class SelfAttention(MultiHeadAttention):
         query: `(b, n, features)`.
         mask, query_mask: `(b|1, n)`, True = valid; Keras fills in one of them. Where
             there are both, a position must be valid in both.
+        key_mask: `(b|1, n)`, True = may be attended to; joined with the mask above.
         attention_mask, return_attention_scores, training, use_causal_mask,
-            segment_ids: as for `MultiHeadAttention`.
+            segment_ids, query_positions: as for `MultiHeadAttention`.
 
     Returns:
         `(b, n, *output_shape)`, or a pair of it and the `(b, h, n, n)` weights.
@@ -45,6 +46,14 @@ class SelfAttention(MultiHeadAttention):
     >>> tuple(layer(np.ones((1, 100, 32), "float32")).shape)
     (1, 100, 32)
     """
+
+    # Of the mask of its one input there are two names: see `_masks`.
+    _sides = {  # noqa: RUF012
+        "mask": ["query", "key"],
+        "query_mask": ["query", "key"],
+        "key_mask": ["key"],
+    }
+    _key_name = "query"
 
     def __init__(self, num_heads, key_dim, pattern=None, causal=False, **kwargs):
         self.causal = check_bool("causal", causal)
@@ -65,34 +74,56 @@ class SelfAttention(MultiHeadAttention):
         training=None,
         use_causal_mask=False,
         segment_ids=None,
+        key_mask=None,
+        query_positions=None,
     ):
-        mask = self._read_masks(query, mask, query_mask)
-        return super().call(
-            query,
-            query,
-            query_mask=mask,
-            value_mask=mask,
+        return self._attend(
+            (query, query, None),
+            self._masks(query, mask, query_mask, key_mask),
             attention_mask=attention_mask,
             return_attention_scores=return_attention_scores,
             training=training,
             use_causal_mask=use_causal_mask,
             segment_ids=segment_ids,
+            query_positions=query_positions,
         )
 
-    def _read_masks(self, query, mask, query_mask):
-        """Both, joined: Keras fills in `mask` beside one tensor, `query_mask` beside several."""
-        if not hasattr(query, "shape"):
-            return None  # what comes next refuses it
-        shape = of_positions(query.shape[:-1])
-        mask = read_mask("mask", mask, shape)
-        return both(mask, read_mask("query_mask", query_mask, shape))
+    def _masks(self, query, mask, query_mask, key_mask):
+        """By name: Keras fills in `mask` beside one tensor, `query_mask` beside several."""
+        rank = len(getattr(query, "shape", ()))
+        if rank > 2 and len(getattr(mask, "shape", ())) == rank:
+            raise ValueError(
+                f"{type(self).__name__} takes one input, whose positions attend to one another; "
+                "what comes second is its `mask`. For a query and another value there is "
+                f"MultiHeadAttention. Received: a second input of shape {tuple(mask.shape)}"
+            )
+        return {"mask": mask, "query_mask": query_mask, "key_mask": key_mask}
 
     def compute_output_shape(self, query_shape):
         return super().compute_output_shape(query_shape, query_shape)
 
-    def compute_output_spec(self, query, mask=None, query_mask=None, **kwargs):
-        mask = self._read_masks(query, mask, query_mask)
-        return super().compute_output_spec(query, query, query_mask=mask, **kwargs)
+    def compute_output_spec(
+        self,
+        query,
+        mask=None,
+        query_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+        segment_ids=None,
+        key_mask=None,
+        query_positions=None,
+    ):
+        return self._spec(
+            (query, query, None),
+            self._masks(query, mask, query_mask, key_mask),
+            attention_mask=attention_mask,
+            return_attention_scores=return_attention_scores,
+            use_causal_mask=use_causal_mask,
+            segment_ids=segment_ids,
+            query_positions=query_positions,
+        )
 
     def get_config(self):
         return {
@@ -118,7 +149,8 @@ class AtrousSelfAttention(_NamedSelfAttention):
     Time and memory are 1 / `rate` of full attention's.
 
     Args:
-        num_heads, key_dim: positive ints, as for `SelfAttention`.
+        num_heads: number of heads, a positive int.
+        key_dim: features per head, a positive int.
         rate: a positive int, the distance between the teeth.
         causal: whether no position may attend to a later one.
         **kwargs: as for `MultiHeadAttention`.
@@ -138,7 +170,8 @@ class LocalSelfAttention(_NamedSelfAttention):
     Time and memory are linear in the length.
 
     Args:
-        num_heads, key_dim: positive ints, as for `SelfAttention`.
+        num_heads: number of heads, a positive int.
+        key_dim: features per head, a positive int.
         window: a non-negative int for both sides, or a pair `(left, right)`
             of them, where `None` is unlimited.
         causal: whether no position may attend to a later one.
@@ -160,7 +193,8 @@ class StridedSelfAttention(_NamedSelfAttention):
     """Self-attention dense nearby and sparse far away. See `Strided`.
 
     Args:
-        num_heads, key_dim: positive ints, as for `SelfAttention`.
+        num_heads: number of heads, a positive int.
+        key_dim: features per head, a positive int.
         stride: a positive int: the window on each side, and the distance
             between the keys beyond it.
         causal: whether no position may attend to a later one.
