@@ -11,7 +11,10 @@ from tests.campaign.patterns import allowed
 
 
 def attention(case, given, dtype="float64"):
-    """Output, log-sum-exp and gradients of `sum(out * d_out) + sum(lse * d_lse)`, by name."""
+    """Output, log-sum-exp and gradients of `sum(out * d_out) + sum(lse * d_lse)`, by name.
+
+    And by the name of a gradient that is a sum over pairs, the norm of what is summed up.
+    """
     wide = "float64" if dtype == "float64" else "float32"
 
     def product(formula, *factors, to=dtype):
@@ -66,13 +69,16 @@ def attention(case, given, dtype="float64"):
         found["query"] *= given["query_mask"][:, :, None, None]
     found["key"] = _per_key_head(product("bhij,bihd->bjhd", by_product, q), repeats)
     found["value"] = _per_key_head(product("bhij,bihe->bjhe", cast, d_out), repeats)
+    norms = {}
     if case.bias:
         found["bias"] = _sum_to(by_score, given["bias"])
+        norms["bias"] = np.sqrt(_sum_to(by_score**2, given["bias"]))
     if read is not None:
         rows, by_entry = (np.broadcast_to(x, may.shape)[may] for x in read)
-        found["table"] = np.zeros(len(table))
-        np.add.at(found["table"], rows, by_score[may] * by_entry)
-    return found
+        terms = by_score[may] * by_entry
+        found["table"] = np.bincount(rows, terms, len(table))
+        norms["table"] = np.sqrt(np.bincount(rows, terms**2, len(table)))
+    return found, norms
 
 
 def positions(case, given):

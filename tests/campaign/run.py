@@ -12,7 +12,7 @@ from tests.campaign.cases import BACKEND, GROUP, as_numpy, tensors, wide
 from tests.conftest import COSTS, DEFAULTS, use
 
 # How much farther off than plain dense attention in the same dtype a result may be, and what is
-# allowed anyway, of the largest number in it or of 1.
+# allowed anyway, of the largest number in it, of 1, or of the norm of what it sums up.
 FACTOR = 2
 FLOOR = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 0.02, "float16": 0.0025}
 DIFFERENTIABLE = ("query", "key", "value", "bias", "table")
@@ -21,13 +21,15 @@ DIFFERENTIABLE = ("query", "key", "value", "bias", "table")
 def check(case):
     """Run a case; raise an `AssertionError` that says what is wrong, if anything is."""
     given = tensors(case)
-    expected = oracle.attention(case, given)
-    measure = oracle.attention(case, given, case.dtype)
+    expected, norms = oracle.attention(case, given)
+    measure, _ = oracle.attention(case, given, case.dtype)
     found = run(case, given)
     wrong = [
         f"{name}: {told}"
         for name, x in found.items()
-        for told in _compare(name, x, expected[name], measure[name], case, given)
+        for told in _compare(
+            name, x, expected[name], measure[name], norms.get(name, 0), case, given
+        )
     ]
     if wrong:
         raise AssertionError("; ".join(wrong))
@@ -44,7 +46,7 @@ def failure(case):
     return None
 
 
-def _compare(name, x, expected, measure, case, given):
+def _compare(name, x, expected, measure, norm, case, given):
     """What is wrong with a result, as texts."""
     dtype = {"out": case.dtype, "lse": wide(case.dtype)}.get(name) or str(given[name].dtype)
     found_dtype, x = x
@@ -62,7 +64,8 @@ def _compare(name, x, expected, measure, case, given):
         yield "not exactly 0, or -inf, where there is no pair"
     x, expected, measure = (np.where(np.isfinite(y), y, 0) for y in (x, expected, measure))
     error, allowed = np.abs(x - expected), FACTOR * np.abs(measure - expected).max(initial=0)
-    allowed += max(FLOOR[case.dtype], FLOOR[dtype]) * np.abs(expected).max(initial=1)
+    size = max(np.abs(expected).max(initial=1), np.max(norm, initial=0))
+    allowed += max(FLOOR[case.dtype], FLOOR[dtype]) * size
     if error.max(initial=0) > allowed:
         place = np.unravel_index(error.argmax(), error.shape)
         yield (
