@@ -55,6 +55,9 @@ def _compiled_for_one_module():
 
 def pytest_addoption(parser):
     parser.addoption("--all-cases", action="store_true", help="all cases of each test, on JAX too")
+    parser.addoption("--cases", type=int, help="how many random calls the campaign makes")
+    parser.addoption("--case", type=int, help="the number of the only one that it makes")
+    parser.addoption("--campaign-seed", type=int, default=0, help="the seed of its random calls")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -63,7 +66,9 @@ def pytest_collection_modifyitems(config, items):
         return
     cases = collections.defaultdict(list)
     for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item)
+        # The campaign has its own number of cases, which it compiles in groups.
+        whole = item.path.stem == "test_campaign"
+        cases[item.nodeid if whole else item.nodeid.partition("[")[0]].append(item)
     kept = [item for each in cases.values() for item in each[:: -(-len(each) // CASES_ON_JAX)]]
     left_out = set(items).difference(kept)
     config.hook.pytest_deselected(items=list(left_out))
