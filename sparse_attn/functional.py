@@ -208,7 +208,7 @@ def _refuse_longer(x, pattern, query, key, q_pos=None):
     limit = pattern.max_length
     if limit is None or limit > LAST:
         return x
-    last = size_of(query, 1) if q_pos is None else ops.max(q_pos) + 1
+    last = size_of(query, 1) if q_pos is None else ops.max(q_pos, initial=-1) + 1
     told = f"{pattern!r} is made for lengths up to {limit}."
     return refuse_longer(x, (last, size_of(key, 1)), limit, told)
 
@@ -300,7 +300,8 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
         shape = ops.shape(query)[:3]
         out = ops.zeros((*shape, value.shape[-1]), query.dtype)
         bias = [] if given.bias is None else [given.bias]
-        out = out + _zero_of(query, key, value, *bias, *_idle(given.mods, wide(query.dtype)))
+        linked = (query, key, value, *bias, *_idle(given.mods, wide(query.dtype)))
+        out = out + _zero_of(linked, out.dtype)
         found = [(out, ops.full(shape, LOWEST, wide(query.dtype)))]
     out, lse = join_apart(found) if apart else merge(found)
     return out if lse is None else zero_masked(out, is_not_masked(lse)), lse
@@ -315,9 +316,9 @@ def _idle(mods, dtype):
     return [apply_mods(mods, ops.cast(nothing, dtype), positions, tensors_of(mods))[0]]
 
 
-def _zero_of(*tensors):
+def _zero_of(tensors, dtype):
     """The number 0, whose gradients by these tensors are 0: PyTorch asks for a link to them."""
-    sums = [ops.sum(ops.where(False, x, ops.zeros((), x.dtype))) for x in tensors]
+    sums = [ops.cast(ops.sum(ops.where(False, x, ops.zeros((), x.dtype))), dtype) for x in tensors]
     return sum(sums[1:], sums[0])
 
 

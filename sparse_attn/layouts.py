@@ -697,7 +697,7 @@ def add_rows(tiles, rows, length):
     numbers = rearrange(starts[:, None] + numbers[None, :], "x y -> (x y)")
     x = rearrange(x, "b h i d -> (b h i) d")
     x = sum_segments(x, numbers, batch * heads * (length + 1))
-    x = rearrange(x, "(b h n) d -> b n h d", b=batch, h=heads)
+    x = rearrange(x, "(b h n) d -> b n h d", b=batch, h=heads, n=length + 1)
     return crop(x, 0, length)
 
 

@@ -16,7 +16,7 @@ from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import are_defined_everywhere, tensors_of
 from sparse_attn.stream import Mask, Mods
 from sparse_attn.terms import answers_all, period
-from sparse_attn.tracing import eagerly, trace_pairs
+from sparse_attn.tracing import eagerly, most, take_along_last, trace_pairs
 
 
 @dataclass(frozen=True)
@@ -223,9 +223,10 @@ class Tiles:
         rows = self.layout.split_queries(rows)
         columns = [k_pos for _, k_pos in self._positions]
         if not self.keys.all_exist:  # those beyond the end are masked, whatever stands in the last
-            columns = [ops.minimum(k_pos, self.keys.size - 1) for k_pos in columns]
+            last = most(self.keys.size, 1) - 1
+            columns = [ops.minimum(k_pos, last) for k_pos in columns]
         return [
-            ops.take_along_axis(tile, k_pos[None, None], axis=-1)
+            take_along_last(tile, k_pos[None, None])
             for tile, k_pos in zip(rows, columns, strict=True)
         ]
 

@@ -319,6 +319,28 @@ def gather(x, numbers, axis):
     return found.reshape((*x.shape[:axis], *numbers.shape, *x.shape[axis + 1 :]))
 
 
+def take_along_last(x, numbers):
+    """`ops.take_along_axis` at the last axis, also where axes of unknown size turn out to be empty.
+
+    Args:
+        x: a tensor.
+        numbers: int32 tensor of the same rank, of which the other axes broadcast to those of `x`.
+            Where `x` is empty, what it gives is any number.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return ops.take_along_axis(x, numbers, axis=-1)
+    import tensorflow as tf
+
+    sizes, static = sizes_of(x), (*x.shape[:-1], numbers.shape[-1])
+    shape = (*sizes[:-1], size_of(numbers, len(sizes) - 1))
+    if x.shape[-1] is None:  # nothing is copied if the size is not 0
+        x = tf.pad(x, [(0, 0)] * (len(sizes) - 1) + [(0, tf.maximum(1 - sizes[-1], 0))])
+    last = size_of(x, len(sizes) - 1)
+    numbers = tf.reshape(tf.broadcast_to(numbers, shape), (-1, shape[-1]))
+    found = tf.reshape(tf.gather(tf.reshape(x, (-1, last)), numbers, batch_dims=1), shape)
+    return tf.ensure_shape(found, static)
+
+
 def product(x, y, pattern):
     """`einops.einsum` of two tensors of which the last axes alone differ: matrix products.
 

@@ -266,14 +266,41 @@ def test_lengths_may_be_unknown_and_segments_known(pattern, n, m):
 @pytest.mark.parametrize("pattern", [*PATTERNS, BigBird(16, 2)], ids=repr)
 def test_lengths_that_were_unknown_may_be_0(pattern, xla):
     function = compiled(pattern, None, xla)
-    for n, m in ((0, 0), (0, 5), (5, 0)):
-        (q, _, _), (_, k, v) = random_inputs(n, n), random_inputs(m, m)
-        given = q, k, v, np.ones((2, m), bool), np.ones((2, n, 2, 3), FLOAT)
+    sizes = [(2, 0, 0), (2, 0, 5), (2, 5, 0)]  # XLA compiles for each
+    for b, n, m in sizes if xla else [*sizes, (0, 5, 5)]:
+        (q, _, _), (_, k, v) = random_inputs(n, n, b=b), random_inputs(m, m, b=b)
+        given = q, k, v, np.ones((b, m), bool), np.ones((b, n, 2, 3), FLOAT)
         out, lse, *gradients = [to_numpy(x) for x in function(*given)]
-        np.testing.assert_array_equal(out, np.zeros((2, n, 2, 3)))
-        np.testing.assert_array_equal(lse, np.full((2, n, 2), -np.inf))
+        np.testing.assert_array_equal(out, np.zeros((b, n, 2, 3)))
+        np.testing.assert_array_equal(lse, np.full((b, n, 2), -np.inf))
         for x, gradient in zip((q, k, v), gradients, strict=True):
             np.testing.assert_array_equal(gradient, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("pattern", [Strided(3) | Atrous(9), Fixed(8), Causal()], ids=repr)
+def test_tables_that_were_unknown_may_be_empty(pattern):
+    """A mask of pairs and a bias of no batch, of no queries, or of no keys."""
+    specs = [tf.TensorSpec((None, None, 2, size), FLOAT) for size in (4, 4, 3)]
+    specs += [tf.TensorSpec((None, None, None), dtype) for dtype in ("bool", FLOAT)]
+
+    @tf.function(input_signature=specs)
+    def function(q, k, v, mask, bias):
+        with tf.GradientTape() as tape:
+            tape.watch([q, bias])
+            out = sparse_attention(q, k, v, pattern, attention_mask=mask, bias=bias)
+            loss = tf.reduce_sum(out)
+        return out, *tape.gradient(loss, [q, bias])
+
+    for b, n, m in ((2, 0, 0), (2, 0, 5), (2, 5, 0), (0, 5, 5), (2, 5, 5)):
+        (q, _, _), (_, k, v) = random_inputs(n, n, b=b), random_inputs(m, m, b=b)
+        mask, bias = np.ones((b, n, m), bool), np.zeros((b, n, m), FLOAT)
+        out, by_q, by_bias = [to_numpy(x) for x in function(q, k, v, mask, bias)]
+        assert (by_q.shape, by_bias.shape) == (q.shape, bias.shape)
+        if 0 in (b, n, m):
+            np.testing.assert_array_equal(out, np.zeros((b, n, 2, 3)))
+            np.testing.assert_array_equal(by_q, np.zeros(q.shape))
+        else:
+            close(out, dense_attention(q, k, v, pattern)[0], "out")
 
 
 def test_xla_is_told_the_sizes_of_pieces():

@@ -26,6 +26,7 @@ from sparse_attn import (
     Pattern,
     Prefix,
     Random,
+    SoftCap,
     StreamingLLM,
     Strided,
     merge_attention,
@@ -369,6 +370,28 @@ def test_lengths_of_zero(n, m):
     q, k, v = random_inputs(n, m)
     out, lse = sparse_attention(q, k, v, Causal() & Local(3), return_lse=True)
     np.testing.assert_array_equal(to_numpy(out), np.zeros((2, n, 2, 3)))
+    np.testing.assert_array_equal(to_numpy(lse), np.full((2, n, 2), -np.inf))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("n", "m"), [(0, 11), (5, 0), (0, 0)])
+def test_all_that_a_call_may_have_at_lengths_of_zero(n, m, dtype):
+    """Modifications add in float32, and the largest of no position is none."""
+    q, k, v = (keras.ops.cast(x, dtype) for x in random_inputs(n, m, dtype="float32"))
+    out, lse = sparse_attention(
+        q, k, v,
+        Causal() & (Global(7) | Neighborhood((2, 6, 5), 1)),
+        query_mask=np.ones((2, n), bool),
+        key_mask=np.ones((2, m), bool),
+        attention_mask=np.ones((2, n, m), bool),
+        bias=np.zeros((2, n, m), "float32"),
+        segment_ids=(np.zeros((2, n), int), np.zeros((2, m), int)),
+        score_mod=[SoftCap(2.0), lambda s, i, j, h: s * 2],
+        query_positions=np.arange(n) + 3,
+        return_lse=True,
+    )  # fmt: skip
+    assert keras.backend.standardize_dtype(out.dtype) == dtype
+    np.testing.assert_array_equal(to_numpy(keras.ops.cast(out, FLOAT)), np.zeros((2, n, 2, 3)))
     np.testing.assert_array_equal(to_numpy(lse), np.full((2, n, 2), -np.inf))
 
 
