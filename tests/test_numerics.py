@@ -16,6 +16,7 @@ from sparse_attn import (
     Longformer,
     Neighborhood,
     Strided,
+    plan,
     sparse_attention,
     stream,
 )
@@ -177,8 +178,14 @@ def test_dropout_gives_the_same_bits_for_a_seed():
     same(*(bits(Local(16), inputs, **options) for _ in range(2)))
 
 
-# On JAX, XLA fuses the backward pass otherwise for other shapes.
-SAME_BITS = 5 if BACKEND != "jax" else 2
+def same_bits(pattern):
+    """How many results are equal to the last bit: all, or output and log-sum-exp.
+
+    On JAX, XLA fuses the backward pass otherwise for other shapes. PyTorch adds up a product in
+    another order if the tensors lie in memory otherwise, as those of several parts may.
+    """
+    several = BACKEND == "torch" and len(plan(pattern, N).parts) > 1
+    return 2 if several or BACKEND == "jax" else 5
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
@@ -186,7 +193,8 @@ def test_recomputed_weights_are_those_that_were_kept(pattern):
     """To the last bit, where both are one piece: as here, of few positions."""
     inputs = random_inputs(N, N, b=2, d=16, e=16, dtype="float32")
     kept, recomputed = (bits(pattern, inputs, max_score_bytes=x) for x in (2**30, 0))
-    same(recomputed[:SAME_BITS], kept[:SAME_BITS])
+    count = same_bits(pattern)
+    same(recomputed[:count], kept[:count])
     for x, y in zip(recomputed, kept, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
@@ -209,7 +217,8 @@ def test_a_row_of_a_batch_does_not_depend_on_the_others(pattern, max_score_bytes
         )
 
     alone, together = run(slice(1, 2)), [x[1:2] for x in run(slice(None))]
-    same(alone[:SAME_BITS], together[:SAME_BITS])
+    count = same_bits(pattern)
+    same(alone[:count], together[:count])
     for x, y in zip(alone, together, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
