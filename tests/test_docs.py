@@ -2,17 +2,21 @@
 
 import doctest
 import importlib
+import pkgutil
 import re
 import runpy
+import warnings
 from html import unescape
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
 import sparse_attn
 from sparse_attn import Pattern, layers, parse_pattern
 from sparse_attn.expressions import kinds
+from sparse_attn.layers.dropped_masks import mask_of
 from tests.compare import to_numpy
 from tests.test_readme import blocks
 
@@ -90,14 +94,171 @@ def test_every_pattern_has_a_picture():
     assert {code.partition("(")[0] for code in SCRIPT["EXAMPLES"]} == set(kinds()) - OPERATORS
 
 
-def test_the_examples_for_those_who_come_from_keras_run():
-    said = {"__name__": "docs"}
-    for example in blocks((DOCS / "keras.md").read_text(encoding="utf-8"), "python"):
+# ---- Padding in the examples ---------------------------------------------------
+
+
+def page(path):
+    """Its examples, which go on from one another."""
+    text = path.read_text(encoding="utf-8")
+    parser = doctest.DocTestParser()
+    dialogues = ["".join(x.source for x in parser.get_examples(x)) for x in blocks(text, "pycon")]
+    return [*blocks(text, "python"), *dialogues]
+
+
+def docstrings():
+    """The examples of each docstring that makes a model, by its name."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = {}
+    for module in pkgutil.walk_packages(sparse_attn.__path__, "sparse_attn."):
+        if module.name == "sparse_attn.__main__":
+            continue
+        for each in finder.find(importlib.import_module(module.name), module.name):
+            example = "".join(x.source for x in each.examples)
+            if "keras.Model(" in example:
+                found[each.name] = [example]
+    return found
+
+
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("**/*.md"))]
+EXAMPLES = {path.name: page(path) for path in PAGES if "_build" not in path.parts}
+EXAMPLES = {name: each for name, each in EXAMPLES.items() if "keras.Model(" in "".join(each)}
+EXAMPLES |= docstrings()
+
+
+def models_of(examples):
+    """The models of tokens with padding that some examples make."""
+    said, found = {"__name__": "docs"}, []
+    for example in examples:
         exec(example, said)  # noqa: S102 - the page's own code
+        for value in said.values():
+            is_new = isinstance(value, keras.Model) and all(value is not x for x in found)
+            if is_new and any(getattr(layer, "mask_zero", False) for layer in value.layers):
+                found.append(value)
+    return found
+
+
+def check_padding(model):
+    """Padding does not matter to what a model says of valid positions."""
+    length = model.input.shape[1] or 24
+    tokens = np.random.default_rng(0).integers(1, 9, (4, length)).astype("int32")
+    lengths = [length, length // 2, 3, 1]
+    for row, size in zip(tokens, lengths, strict=True):
+        row[size:] = 0
+    together = to_numpy(model(tokens))
+    for found, row, size in zip(together, tokens, lengths, strict=True):
+        alone = to_numpy(model(row[None] if model.input.shape[1] else row[None, :size]))
+        np.testing.assert_allclose(found[:size], alone[0, :size], atol=1e-5)
+    tokens[0, : length // 2 : 2] = 0  # before others, where causal attention sees it
+    valid, together = tokens > 0, to_numpy(model(tokens))
+    embedding = next(layer for layer in model.layers if getattr(layer, "mask_zero", False))
+    (table,) = embedding.get_weights()
+    table[0] = 50.0
+    embedding.set_weights([table])
+    np.testing.assert_allclose(to_numpy(model(tokens))[valid], together[valid], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_padding_does_not_matter_in_an_example(name):
+    for model in models_of(EXAMPLES[name]):
+        check_padding(model)
+        assert mask_of(model.output) is not None  # so that a loss leaves padding out
+
+
+def test_the_examples_with_padding_are_those_of_readme_of_this_page_and_of_the_block():
+    found = {name for name, each in EXAMPLES.items() if models_of(each)}
+    assert {"README.md", "keras.md"} <= found
+    assert any(name.endswith(".TransformerBlock") for name in found)
+
+
+@pytest.mark.parametrize("name", ["README.md", "keras.md"])
+def test_an_example_that_drops_the_mask_would_be_found(name):
+    add = r"keras\.layers\.add\(\[x, (.*)\]\)$"
+    examples = [re.sub(add, r"x + \1", each, flags=re.MULTILINE) for each in EXAMPLES[name]]
+    assert examples != EXAMPLES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models = models_of(examples)
+    assert mask_of(models[0].output) is None
+    if name == "README.md":  # where a layer comes behind the sum
+        with pytest.raises(AssertionError, match="Not equal to tolerance"):
+            check_padding(models[0])
+
+
+# ---- The page for those who come from Keras ------------------------------------
+
+
+@pytest.fixture
+def from_keras():
+    """What the examples of the page define."""
+    said = {"__name__": "docs"}
+    for example in EXAMPLES["keras.md"]:
+        exec(example, said)  # noqa: S102 - the page's own code
+    return said
+
+
+def test_a_trained_model_is_made_sparse(from_keras):
+    said = from_keras
     x = np.random.default_rng(0).normal(size=(2, 50, 16)).astype("float32")
     found, expected = (to_numpy(said[name](x)) for name in ("sparse", "trained"))
     np.testing.assert_allclose(found, expected, atol=1e-5)  # the window holds all of it
     assert isinstance(said["sparse"].layers[-1], layers.MultiHeadAttention)
+    pattern = sparse_attn.Local(3)
+    found = to_numpy(said["make_sparse"](said["trained"], pattern)(x))
+    layer = said["trained"].layers[-1]
+    dense = to_numpy(said["trained"].layers[-2](x))
+    by_mask = to_numpy(layer(dense, dense, attention_mask=pattern.mask(50)[None]))
+    np.testing.assert_allclose(found, by_mask, atol=1e-5)
+
+
+class OwnBlock(keras.layers.Layer):
+    """A layer of one's own with Keras' attention inside."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = keras.layers.MultiHeadAttention(2, 8)
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
+    def call(self, x):
+        return x + self.attention(x, x)
+
+
+def test_a_model_in_which_nothing_would_be_replaced_is_an_error(from_keras):
+    x = keras.Input((None, 16))
+    inner = keras.Model(x, keras.layers.MultiHeadAttention(2, 8)(x, x))
+    for layer in (OwnBlock(), inner, keras.layers.Dense(4)):
+        model = keras.Model(x, layer(x))
+        with pytest.raises(ValueError, match=r"None of `model\.layers`"):
+            from_keras["make_sparse"](model, sparse_attn.Local(64))
+
+
+class InTurn(keras.Model):
+    """Keras' layer, and then one of this package on the same tensor."""
+
+    def __init__(self, attention, attend):
+        super().__init__()
+        self.embed = keras.layers.Embedding(9, 8, mask_zero=True)
+        self.first = attention
+        self.second = layers.SelfAttention(2, 4, sparse_attn.Local(3))
+        self.attend = attend
+
+    def call(self, tokens):
+        x = self.embed(tokens)
+        first = self.first(x, x)
+        return first + self.attend(self.second, x, self.embed.compute_mask(tokens))
+
+
+def leak(model):
+    padded, alone = np.array([[1, 2, 3, 0, 0, 0]]), np.array([[1, 2, 3]])
+    return np.abs(to_numpy(model(padded))[:, :3] - to_numpy(model(alone))).max()
+
+
+def test_where_keras_removes_a_mask_the_advice_of_the_page_keeps_padding_out():
+    keras_layer, own = keras.layers.MultiHeadAttention, layers.MultiHeadAttention
+    assert leak(InTurn(keras_layer(2, 4), lambda layer, x, mask: layer(x))) > 1e-3
+    assert leak(InTurn(own(2, 4), lambda layer, x, mask: layer(x))) < 1e-6
+    assert leak(InTurn(keras_layer(2, 4), lambda layer, x, mask: layer(x, mask=mask))) < 1e-6
 
 
 CHOOSING = (DOCS / "choosing.md").read_text(encoding="utf-8")
