@@ -14,7 +14,7 @@ import numpy as np
 from keras import layers
 
 from sparse_attn import Causal, Local, PerHead, Strided, __version__, parse_pattern, plan
-from sparse_attn.layers import SelfAttention
+from sparse_attn.layers import TransformerBlock
 from sparse_attn.show import add_show
 from sparse_attn.terminal import draw, output_file, positive_int, printable, quiet_ends, say, wrap
 from sparse_attn.training import Progress, read_text, save_model, unigram_entropy, windows
@@ -100,12 +100,12 @@ def make_model(patterns, steps):
     """A transformer whose blocks take the patterns in turn: from bytes to the next one's logits."""
     inputs = keras.Input((None,), dtype="int32")
     x = layers.Embedding(256, WIDTH)(inputs)
-    x = x + layers.Conv1D(WIDTH, 8, padding="causal")(x)  # tells the nearest bytes apart
+    x = layers.add(
+        [x, layers.Conv1D(WIDTH, 8, padding="causal")(x)]
+    )  # tells the nearest bytes apart
     for block in range(BLOCKS):
         pattern = patterns[block % len(patterns)]
-        x = x + SelfAttention(HEADS, WIDTH // HEADS, pattern)(layers.LayerNormalization()(x))
-        hidden = layers.Dense(2 * WIDTH, activation="gelu")(layers.LayerNormalization()(x))
-        x = x + layers.Dense(WIDTH)(hidden)
+        x = TransformerBlock(HEADS, WIDTH // HEADS, pattern, hidden_dim=2 * WIDTH)(x)
     logits = layers.Dense(256)(layers.LayerNormalization()(x))
     model = keras.Model(inputs, logits)
     rate = keras.optimizers.schedules.CosineDecay(

@@ -91,12 +91,16 @@ def quiet_ends():
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_output()
         sys.exit(BROKEN_PIPE)
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _let_go_of_output():
+    """Nothing is written any more: Python flushes once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def columns():
@@ -129,7 +133,13 @@ def say(text="", end="\n"):
     """Print text; characters that the encoding of the output has not are told by numbers."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
-    print(text, end=end, flush=True)
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise  # see `quiet_ends`
+    except OSError as error:
+        _let_go_of_output()
+        sys.exit(f"The output cannot be written: {error.strerror}")
 
 
 def printable(text):

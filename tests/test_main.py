@@ -111,6 +111,20 @@ def test_a_reader_that_is_gone_ends_it_quietly():
     assert job.returncode == 141
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_cannot_be_written_is_told():
+    with open("/dev/full", "w") as full:
+        job = subprocess.run(  # noqa: S603
+            [*COMMAND, "show", "Causal()"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+    assert job.stderr == "The output cannot be written: No space left on device\n"
+    assert job.returncode == 1
+
+
 def fits(text, columns):
     return max(map(len, text.splitlines())) <= columns
 

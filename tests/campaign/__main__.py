@@ -74,7 +74,10 @@ def manage(options):
         done = number - options.first
         rate = 60 * done / (time.time() - start)
         counts = ", ".join(f"{count} {mode}" for mode, count in modes.items())
-        print(f"{done} cases on {BACKEND} ({counts}), {failed} failed, {rate:.0f} a minute")
+        print(
+            f"{done} cases on {BACKEND} ({counts}), {failed} failed, {rate:.0f} a minute",
+            flush=True,
+        )
     return failed
 
 
