@@ -34,9 +34,10 @@ def attention(case, given, dtype="float64"):
     if case.query_mask:
         q = np.where(given["query_mask"][:, :, None, None], q, 0)
 
-    products = product("bihd,bjhd->bhij", q, k)
     scale = case.dim**-0.5 if case.scale is None else case.scale
-    scores, slope, read = rounded(products * scale), np.full(may.shape, float(scale)), None
+    scaled = (q * scale).astype(dtype).astype("float64")  # before the product, as Keras' layers do
+    scores = product("bihd,bjhd->bhij", scaled, k)
+    slope, read = np.full(may.shape, float(scale)), None
     q_pos, k_pos = positions(case, given)
     with np.errstate(all="ignore"):  # forbidden pairs may be anything
         for mod in case.mods:
