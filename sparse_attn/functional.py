@@ -42,6 +42,7 @@ from sparse_attn.stream import (
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.tiles import Given, Tiles
 from sparse_attn.tracing import (
+    is_symbolic,
     is_traced_to_export,
     known_size,
     length_of,
@@ -198,6 +199,9 @@ def sparse_attention(
     if not return_lse:
         return out
     lse = bring_together(lses, heads, axis=2)
+    m = size_of(key, 1)
+    if not isinstance(m, int) and not is_symbolic(m):  # there is a row of padding if it is 0
+        lse = ops.where(m > 0, lse, ops.full((), LOWEST, lse.dtype))
     if query_mask is not None:
         lse = ops.where(query_mask[..., None], lse, ops.full((), LOWEST, lse.dtype))
     return out, public_lse(lse)

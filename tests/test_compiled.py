@@ -266,10 +266,16 @@ def test_lengths_may_be_unknown_and_segments_known(pattern, n, m):
 @pytest.mark.parametrize("pattern", [*PATTERNS, BigBird(16, 2)], ids=repr)
 def test_lengths_that_were_unknown_may_be_0(pattern, xla):
     function = compiled(pattern, None, xla)
+    specs = [tf.TensorSpec((None, None, 2, size), FLOAT) for size in (4, 4, 3)]
+    unmasked = tf.function(
+        lambda q, k, v: sparse_attention(q, k, v, pattern, return_lse=True), input_signature=specs
+    )
     sizes = [(2, 0, 0), (2, 0, 5), (2, 5, 0)]  # XLA compiles for each
     for b, n, m in sizes if xla else [*sizes, (0, 5, 5)]:
         (q, _, _), (_, k, v) = random_inputs(n, n, b=b), random_inputs(m, m, b=b)
         given = q, k, v, np.ones((b, m), bool), np.ones((b, n, 2, 3), FLOAT)
+        plain = unmasked(q, k, v)[1]
+        np.testing.assert_array_equal(plain, np.full((b, n, 2), -np.inf))
         out, lse, *gradients = [to_numpy(x) for x in function(*given)]
         np.testing.assert_array_equal(out, np.zeros((b, n, 2, 3)))
         np.testing.assert_array_equal(lse, np.full((b, n, 2), -np.inf))
