@@ -199,7 +199,7 @@ def sparse_attention(
         return out
     lse = bring_together(lses, heads, axis=2)
     if query_mask is not None:
-        lse = ops.where(query_mask[..., None], lse, ops.full((), LOWEST, lse.dtype))
+        lse = ops.where(ops.expand_dims(query_mask, -1), lse, ops.full((), LOWEST, lse.dtype))
     return out, public_lse(lse)
 
 

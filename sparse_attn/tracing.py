@@ -427,6 +427,27 @@ def refuse_longer(x, sizes, limit, told):
         return tf.where(longest <= limit, x, tf.cast(float("nan"), x.dtype))
 
 
+def both_true(x, y):
+    """`x & y` of bool tensors of as many axes, in operations that LiteRT has.
+
+    Its "and" ends the process where more than four axes are broadcast: those that are of size 1
+    in both are left out. Where that does not suffice, a selection does the same, more slowly.
+    """
+    if keras.backend.backend() != "tensorflow" or len(x.shape) <= 4:
+        return x & y
+    import tensorflow as tf
+
+    ones = [
+        axis for axis, sizes in enumerate(zip(x.shape, y.shape, strict=True)) if sizes == (1, 1)
+    ]
+    if len(x.shape) - len(ones) > 4:
+        return tf.where(x, y, tf.constant(False))
+    found = tf.squeeze(x, ones) & tf.squeeze(y, ones)
+    for axis in ones:
+        found = tf.expand_dims(found, axis)
+    return found
+
+
 def all_of(flags):
     """`ops.all` of a bool tensor, in operations that PyTorch can export to ONNX."""
     return ops.sum(ops.cast(ops.logical_not(flags), "int32")) == 0
