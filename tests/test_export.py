@@ -124,6 +124,23 @@ def test_a_saved_model_in_a_process_that_knows_tensorflow_alone(name, tmp_path):
     assert done.stdout.strip() == "equal", done.stderr
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its gradients are TensorFlow's")
+@pytest.mark.parametrize("pattern", [Strided(4), BigBird(64, 4, 1)], ids=repr)
+def test_a_saved_model_has_the_gradients_of_the_model(pattern, tmp_path):
+    tf = importlib.import_module("tensorflow")
+    model = in_a_model(pattern, None)
+    model.export(tmp_path / "model", format="tf_saved_model", verbose=False)
+    served = tf.saved_model.load(tmp_path / "model")
+    x = tf.constant(vectors(29, 2))
+    found = []
+    for function in (served.serve, model):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(function(x) ** 2)
+        found.append(to_numpy(tape.gradient(total, x)))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
 CONVERTERS = {"tensorflow": "tf2onnx", "torch": "onnxscript"}
 FEW = {"grid", "scores"}  # PyTorch alone converts in a second or two
 
@@ -254,6 +271,22 @@ def test_litert_serves_masks_scores_and_heads_at_unknown_lengths(name, tmp_path)
     model = make_model(name)
     cases = [inputs(n, b) for n, b in ((7, 2), (29, 3))]
     interpret([convert(model, tmp_path / "masked", cases)], tmp_path)
+
+
+@on_tensorflow
+def test_litert_gives_nan_beyond_the_length_of_a_pattern(tmp_path):
+    model = in_a_model(Neighborhood((16,), 1), None)
+    name = convert(model, tmp_path / "longer", [vectors(16, 2)])
+    bad = vectors(17, 2)
+    data = dict(np.load(tmp_path / "longer.npz")) | {"x1": bad, "y1": np.full_like(bad, np.nan)}
+    np.savez(tmp_path / "longer.npz", **data)
+    interpret([name], tmp_path)
+
+
+@on_tensorflow
+def test_litert_is_given_no_shared_heads(tmp_path):
+    with pytest.raises(Exception, match="SelectV2"):  # of the converter, which has its own
+        convert(make_model("scores"), tmp_path / "shared", [])
 
 
 @on_tensorflow

@@ -365,6 +365,30 @@ def test_an_exported_module_takes_batches_of_any_size_where_it_would_be_streamed
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_an_exported_module_has_gradients():
+    module = ModuleOfBlocks([Strided(4)])
+    x = torch.randn(2, 48, 8, requires_grad=True)
+    run = torch.export.export(module, (x,)).module()
+    found, expected = (torch.autograd.grad((f(x) ** 2).sum(), x) for f in (run, module))
+    close_all(found, expected, "gradient", "float32")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_of_all_of_a_module_is_refused():
+    from torch._dynamo.exc import Unsupported
+
+    module, x = ModuleOfBlocks([Local(3)]), torch.randn(2, 48, 8)
+    torch._dynamo.reset()
+    try:
+        with pytest.raises(Unsupported, match=r"torch\.compiler\.disable"):
+            torch.compile(module, backend="eager", fullgraph=True)(x)
+        with pytest.raises(Unsupported, match=r"torch\.compiler\.disable"):
+            torch.export.export(module, (x,), strict=True)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("pattern", [Local(3), Neighborhood((16, 4), 1)], ids=repr)
 def test_a_module_is_not_exported_for_lengths_that_would_be_wrong(pattern):
     from torch._dynamo.exc import UserError
