@@ -16,7 +16,7 @@ from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import are_defined_everywhere, tensors_of
 from sparse_attn.stream import Mask, Mods
 from sparse_attn.terms import answers_all, period
-from sparse_attn.tracing import eagerly, trace_pairs
+from sparse_attn.tracing import eagerly, gather_last, trace_pairs
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Tiles:
         if not self.keys.all_exist:  # those beyond the end are masked, whatever stands in the last
             columns = [ops.minimum(k_pos, self.keys.size - 1) for k_pos in columns]
         return [
-            ops.take_along_axis(tile, ops.expand_dims(k_pos, (0, 1)), axis=-1)
+            gather_last(tile, ops.expand_dims(k_pos, (0, 1)))
             for tile, k_pos in zip(rows, columns, strict=True)
         ]
 

@@ -47,6 +47,10 @@ def eagerly():
         import jax
 
         return jax.ensure_compile_time_eval()
+    if is_traced_to_export():
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        return _disable_current_modes()
     return contextlib.nullcontext()
 
 
@@ -317,6 +321,19 @@ def gather(x, numbers, axis):
     numbers = ops.convert_to_tensor(numbers).long()
     found = x.index_select(axis, numbers.reshape(-1))
     return found.reshape((*x.shape[:axis], *numbers.shape, *x.shape[axis + 1 :]))
+
+
+def gather_last(x, numbers):
+    """`ops.take_along_axis` of the last axis, in operations that PyTorch can export to ONNX.
+
+    Args:
+        x: a tensor.
+        numbers: an int tensor, whose other axes are as those of `x` or 1.
+    """
+    if keras.backend.backend() != "torch":
+        return ops.take_along_axis(x, numbers, axis=-1)
+    numbers = numbers.expand((*x.shape[:-1], numbers.shape[-1]))
+    return x.gather(-1, numbers.long())
 
 
 def product(x, y, pattern):
