@@ -38,7 +38,9 @@ def log_sum_exp(scores, weights):
 
     def found(scores, weights):
         def gradient(upstream):
-            return ops.cast(weights * upstream[..., None], scores.dtype), ops.zeros_like(weights)
+            return ops.cast(weights * ops.expand_dims(upstream, -1), scores.dtype), ops.zeros_like(
+                weights
+            )
 
         return ops.max(scores, axis=-1) - ops.log(ops.max(weights, axis=-1)), gradient
 
@@ -136,7 +138,7 @@ def merge(parts):
     total = sum(weights[1:], weights[0])
     # In float32 or wider: what is rounded here would not cancel in the gradients.
     outs = [
-        (weight / total)[..., None] * ops.cast(out, total.dtype)
+        ops.expand_dims(weight / total, -1) * ops.cast(out, total.dtype)
         for weight, (out, _) in zip(weights, parts, strict=True)
     ]
     return ops.cast(sum(outs[1:], outs[0]), parts[0][0].dtype), highest + ops.log(total)

@@ -203,7 +203,7 @@ def sparse_attention(
     if not isinstance(m, int) and not is_symbolic(m):  # there is a row of padding if it is 0
         lse = ops.where(m > 0, lse, ops.full((), LOWEST, lse.dtype))
     if query_mask is not None:
-        lse = ops.where(query_mask[..., None], lse, ops.full((), LOWEST, lse.dtype))
+        lse = ops.where(ops.expand_dims(query_mask, -1), lse, ops.full((), LOWEST, lse.dtype))
     return out, public_lse(lse)
 
 

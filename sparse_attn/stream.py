@@ -11,7 +11,6 @@ the weights, and a framework differentiates through the pieces only for second
 derivatives.
 """
 
-import operator
 from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -34,6 +33,7 @@ from sparse_attn.scores import (
 from sparse_attn.tracing import (
     AT_ONCE,
     after,
+    both_true,
     custom_gradient,
     fold_range,
     is_traced_to_export,
@@ -114,7 +114,7 @@ class Mask:
 
 def allowed_by(masks, share=lambda tensor: tensor):
     """The pairs that all of some masks allow, at a share of their tensors."""
-    return reduce(operator.and_, [mask.function(*map(share, mask.tensors)) for mask in masks])
+    return reduce(both_true, [mask.function(*map(share, mask.tensors)) for mask in masks])
 
 
 @dataclass(frozen=True)
@@ -632,7 +632,7 @@ class _Pieces:
         for table in tables:
             scores = scores + table
         weights = softmax(scores)
-        lse = log_sum_exp(scores, weights)[..., None] if return_lse else None
+        lse = ops.expand_dims(log_sum_exp(scores, weights), -1) if return_lse else None
         answered = mask.answered
         if self.zero_unanswered and self.mods and not are_defined_everywhere(self.mods.mods):
             answered = ops.any(is_not_masked(scores), axis=-1, keepdims=True)

@@ -96,13 +96,13 @@ class Tiles:
         if key_mask is not None or layout.pads_keys or not keys.all_exist:
             valid = _as_rows(self.k_pos) < keys.size
             if key_mask is not None:
-                valid = valid & keys.pick(key_mask[:, :, None, None])
+                valid = valid & keys.pick(ops.expand_dims(key_mask, (2, 3)))
             valid = layout.split_keys(valid, queries.count)
             self._restrict([rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in valid])
         if by_query or not are_defined_everywhere(given.mods):
             exists = _as_rows(queries.positions) < queries.size
             if by_query and given.query_mask is not None:
-                exists = exists & queries.pick(given.query_mask[:, :, None, None])
+                exists = exists & queries.pick(ops.expand_dims(given.query_mask, (2, 3)))
             self._restrict(layout.split_queries(exists))
         if given.segment_ids is not None:
             self._restrict(*self._segments(*given.segment_ids))
@@ -152,12 +152,14 @@ class Tiles:
         def evaluate(q_pos, k_pos):
             q_pos, k_pos = q_pos[0, 0], k_pos[0, 0]
             if partial is None:
-                return _evaluate(pattern, q_pos, k_pos)[None, None]
+                return ops.expand_dims(_evaluate(pattern, q_pos, k_pos), (0, 1))
             allowed = _evaluate(pattern, q_pos, k_pos[..., :partial])
             whole = [(0, 0)] * (len(k_pos.shape) - 1) + [(0, k_pos.shape[-1] - partial)]
-            return ops.pad(allowed, whole, constant_values=True)[None, None]
+            return ops.expand_dims(ops.pad(allowed, whole, constant_values=True), (0, 1))
 
-        return [self._mask(evaluate, [x[None, None] for x in pair]) for pair in positions]
+        return [
+            self._mask(evaluate, [ops.expand_dims(x, (0, 1)) for x in pair]) for pair in positions
+        ]
 
     def _partial_keys(self):
         """How many keys at the start of each tile the predicate must be asked about, or `None`."""
@@ -188,9 +190,9 @@ class Tiles:
         found = []
         for outer in tables[0]:
             for (inner,) in tables[1:]:
-                both = outer[:, None, :, None] & inner[None, :, None, :]
+                both = ops.expand_dims(outer, (1, 3)) & ops.expand_dims(inner, (0, 2))
                 outer = rearrange(both, "i k j l -> (i k) (j l)")
-            found.append(self._mask(_as_it_is, [outer[None, None, None]]))
+            found.append(self._mask(_as_it_is, [ops.expand_dims(outer, (0, 1, 2))]))
         return found
 
     @functools.cached_property
@@ -205,9 +207,9 @@ class Tiles:
 
     def _segments(self, of_queries, of_keys):
         """The numbers of the segments of each tile's queries, and of its keys."""
-        rows = self.layout.split_queries(self.queries.pick(of_queries[:, :, None, None]))
+        rows = self.layout.split_queries(self.queries.pick(ops.expand_dims(of_queries, (2, 3))))
         columns = self.layout.split_keys(
-            self.keys.pick(of_keys[:, :, None, None]), self.queries.count
+            self.keys.pick(ops.expand_dims(of_keys, (2, 3))), self.queries.count
         )
         return rows, [rearrange(x, "b 1 t j 1 -> b 1 t 1 j") for x in columns]
 
@@ -226,7 +228,7 @@ class Tiles:
             last = most(self.keys.size, 1) - 1
             columns = [ops.minimum(k_pos, last) for k_pos in columns]
         return [
-            take_along_last(tile, k_pos[None, None])
+            take_along_last(tile, ops.expand_dims(k_pos, (0, 1)))
             for tile, k_pos in zip(rows, columns, strict=True)
         ]
 
@@ -249,7 +251,10 @@ class Tiles:
             positions = self.layout.sample(self.q_pos, self.k_pos)
         heads = rearrange(ops.convert_to_tensor(self.given.heads, "int32"), "h -> 1 h 1 1 1")
         return [
-            tuple(self._spread(x) for x in (q_pos[None, None], k_pos[None, None], heads))
+            tuple(
+                self._spread(x)
+                for x in (ops.expand_dims(q_pos, (0, 1)), ops.expand_dims(k_pos, (0, 1)), heads)
+            )
             for q_pos, k_pos in (self._positions if positions is None else positions)
         ]
 

@@ -47,6 +47,10 @@ def eagerly():
         import jax
 
         return jax.ensure_compile_time_eval()
+    if is_traced_to_export():
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        return _disable_current_modes()
     return contextlib.nullcontext()
 
 
@@ -320,13 +324,17 @@ def gather(x, numbers, axis):
 
 
 def take_along_last(x, numbers):
-    """`ops.take_along_axis` at the last axis, also where axes of unknown size turn out to be empty.
+    """`ops.take_along_axis` at the last axis, also for axes of unknown size that turn out empty.
+
+    On PyTorch it is one operation that ONNX has.
 
     Args:
         x: a tensor.
         numbers: int32 tensor of the same rank, of which the other axes broadcast to those of `x`.
             Where `x` is empty, what it gives is any number.
     """
+    if keras.backend.backend() == "torch":
+        return x.gather(-1, numbers.expand((*x.shape[:-1], numbers.shape[-1])).long())
     if keras.backend.backend() != "tensorflow":
         return ops.take_along_axis(x, numbers, axis=-1)
     import tensorflow as tf
@@ -447,6 +455,27 @@ def refuse_longer(x, sizes, limit, told):
     longest = tf.reduce_max([tf.cast(size, "int32") for size in sizes])
     with tf.control_dependencies([tf.debugging.assert_less_equal(longest, limit, told)]):
         return tf.where(longest <= limit, x, tf.cast(float("nan"), x.dtype))
+
+
+def both_true(x, y):
+    """`x & y` of bool tensors of as many axes, in operations that LiteRT has.
+
+    Its "and" ends the process where more than four axes are broadcast: those that are of size 1
+    in both are left out. Where that does not suffice, a selection does the same, more slowly.
+    """
+    if keras.backend.backend() != "tensorflow" or len(x.shape) <= 4:
+        return x & y
+    import tensorflow as tf
+
+    ones = [
+        axis for axis, sizes in enumerate(zip(x.shape, y.shape, strict=True)) if sizes == (1, 1)
+    ]
+    if len(x.shape) - len(ones) > 4:
+        return tf.where(x, y, tf.constant(False))
+    found = tf.squeeze(x, ones) & tf.squeeze(y, ones)
+    for axis in ones:
+        found = tf.expand_dims(found, axis)
+    return found
 
 
 def all_of(flags):

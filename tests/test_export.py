@@ -16,10 +16,12 @@ from sparse_attn import (
     Full,
     Global,
     Local,
+    Longformer,
     Neighborhood,
     PerHead,
     Prefix,
     SoftCap,
+    Strided,
 )
 from sparse_attn.layers import (
     GroupedQueryAttention,
@@ -30,7 +32,20 @@ from sparse_attn.layers import (
     SelfAttention,
     SinePositionEncoding,
 )
+from tests.cases import EACH_CLASS
 from tests.compare import BACKEND, to_numpy
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class ByPairs(SelfAttention):
+    """A mask of pairs that is different for each head."""
+
+    def call(self, x, mask=None):
+        heads = keras.ops.reshape(x, (*keras.ops.shape(x)[:2], 2, 4))[..., 0]
+        heads = keras.ops.transpose(heads, (0, 2, 1))
+        pairs = keras.ops.expand_dims(heads, 3) > keras.ops.expand_dims(heads, 2)
+        return super().call(x, mask=mask, attention_mask=pairs)
+
 
 SIZES = [(1, 1), (7, 2), (29, 3), (50, 1)]
 LAYERS = {
@@ -42,6 +57,10 @@ LAYERS = {
     "grid": lambda: SelfAttention(2, 4, Neighborhood((16, 4), 1)),
     "blocks": lambda: MultiHeadAttention(2, 4, pattern=BigBird(64, 4, 1), use_gate=True),
     "heads": lambda: SelfAttention(2, 4, PerHead([Local(2) | Global((1, 5)), Causal() & Fixed(4)])),
+    "mods": lambda: SelfAttention(
+        4, 4, Causal() & Local(5), score_mod=[SoftCap(5.0), RelativePositionBias(4)]
+    ),
+    "pairs": lambda: ByPairs(2, 4, Strided(4)),
     "scores": lambda: GroupedQueryAttention(
         4, 4, 2, pattern=Causal(), score_mod=[SoftCap(5.0), RelativePositionBias(4)]
     ),
@@ -52,9 +71,9 @@ def make_model(name):
     """Of unknown batch and length."""
     tokens = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(20, 8, mask_zero=True)(tokens)
-    x = PositionEmbedding(64)(SinePositionEncoding()(x))
+    x = PositionEmbedding(64, add=True)(SinePositionEncoding(add=True)(x))
     layer = LAYERS[name]()
-    x = x + (layer(x) if isinstance(layer, SelfAttention) else layer(x, x))
+    x = keras.layers.add([x, layer(x) if isinstance(layer, SelfAttention) else layer(x, x)])
     model = keras.Model(tokens, keras.layers.Dense(3)(x))
     model(inputs(7, 2))
     return model
@@ -105,6 +124,23 @@ def test_a_saved_model_in_a_process_that_knows_tensorflow_alone(name, tmp_path):
     assert done.stdout.strip() == "equal", done.stderr
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its gradients are TensorFlow's")
+@pytest.mark.parametrize("pattern", [Strided(4), BigBird(64, 4, 1)], ids=repr)
+def test_a_saved_model_has_the_gradients_of_the_model(pattern, tmp_path):
+    tf = importlib.import_module("tensorflow")
+    model = in_a_model(pattern, None)
+    model.export(tmp_path / "model", format="tf_saved_model", verbose=False)
+    served = tf.saved_model.load(tmp_path / "model")
+    x = tf.constant(vectors(29, 2))
+    found = []
+    for function in (served.serve, model):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(function(x) ** 2)
+        found.append(to_numpy(tape.gradient(total, x)))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
 CONVERTERS = {"tensorflow": "tf2onnx", "torch": "onnxscript"}
 FEW = {"grid", "scores"}  # PyTorch alone converts in a second or two
 
@@ -144,3 +180,120 @@ def test_onnx_gives_nan_beyond_the_length_of_a_pattern(tmp_path):
     run = as_onnx(model, str(tmp_path / "model.onnx"))
     np.testing.assert_allclose(run(good.astype("float32")), expected, atol=1e-4)
     assert np.isnan(run(bad.astype("float32"))).all()
+
+
+# ---- LiteRT --------------------------------------------------------------------
+
+INTERPRET = """
+import sys, warnings
+import numpy as np
+import tensorflow as tf
+warnings.simplefilter("ignore")
+for path in sys.argv[1:]:
+    data = np.load(path + ".npz")
+    interpreter = tf.lite.Interpreter(path + ".tflite")
+    place = interpreter.get_input_details()[0]["index"]
+    for number in range(len(data.files) // 2):
+        x, y = data[f"x{number}"], data[f"y{number}"]
+        interpreter.resize_tensor_input(place, x.shape)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(place, x)
+        interpreter.invoke()
+        found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+        np.testing.assert_allclose(found, y, atol=1e-4, err_msg=f"{path} at {x.shape}")
+print("equal")
+"""
+on_tensorflow = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="Keras exports to LiteRT from TensorFlow"
+)
+
+
+def convert(model, path, cases):
+    """A model of LiteRT, with its own operations alone, and what the Keras model gives."""
+    model.export(path / "saved", format="tf_saved_model", verbose=False)
+    tf = importlib.import_module("tensorflow")
+    converted = tf.lite.TFLiteConverter.from_saved_model(str(path / "saved")).convert()
+    path.with_suffix(".tflite").write_bytes(converted)
+    cases = [each for x in cases for each in (x, to_numpy(model(x)))]
+    names = [f"{kind}{number}" for number in range(len(cases) // 2) for kind in "xy"]
+    np.savez(path.with_suffix(".npz"), **dict(zip(names, cases, strict=True)))
+    return path.stem
+
+
+def interpret(names, folder):
+    """Compare them in a process of their own, which an operation may end."""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", INTERPRET, *names],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        cwd=folder,
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def in_a_model(pattern, length):
+    x = keras.Input((length, 8))
+    return keras.Model(x, SelfAttention(2, 4, pattern)(x))
+
+
+def vectors(n, b):
+    return np.random.default_rng(n).normal(size=(b, n, 8)).astype("float32")
+
+
+ONE_OF_EACH = {kind: patterns[-1] for kind, patterns in EACH_CLASS.items()} | {
+    "band": Causal() & Local(5),
+    "strided": Strided(4),
+    "longformer": Longformer(2, (0, 9)),
+    "neighborhood": Neighborhood((16, 4), 1),
+}
+
+
+@on_tensorflow
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_litert_serves_a_pattern_of_each_class_at_unknown_lengths(kind, tmp_path):
+    model = in_a_model(ONE_OF_EACH[kind], None)
+    cases = [vectors(n, b) for n, b in ((7, 2), (29, 1), (64, 3))]
+    interpret([convert(model, tmp_path / "unknown", cases)], tmp_path)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("kind", ["chosen", "strided", "neighborhood"])
+def test_litert_serves_a_pattern_at_a_known_length(kind, tmp_path):
+    model = in_a_model(ONE_OF_EACH[kind], 48)
+    interpret([convert(model, tmp_path / "known", [vectors(48, 2), vectors(48, 1)])], tmp_path)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("name", ["prefix", "heads", "mods", "pairs"])
+def test_litert_serves_masks_scores_and_heads_at_unknown_lengths(name, tmp_path):
+    model = make_model(name)
+    cases = [inputs(n, b) for n, b in ((7, 2), (29, 3))]
+    interpret([convert(model, tmp_path / "masked", cases)], tmp_path)
+
+
+@on_tensorflow
+def test_litert_gives_nan_beyond_the_length_of_a_pattern(tmp_path):
+    model = in_a_model(Neighborhood((16,), 1), None)
+    name = convert(model, tmp_path / "longer", [vectors(16, 2)])
+    bad = vectors(17, 2)
+    data = dict(np.load(tmp_path / "longer.npz")) | {"x1": bad, "y1": np.full_like(bad, np.nan)}
+    np.savez(tmp_path / "longer.npz", **data)
+    interpret([name], tmp_path)
+
+
+@on_tensorflow
+def test_litert_is_given_no_shared_heads(tmp_path):
+    with pytest.raises(Exception, match="SelectV2"):  # of the converter, which has its own
+        convert(make_model("scores"), tmp_path / "shared", [])
+
+
+@on_tensorflow
+def test_litert_by_the_export_of_keras(tmp_path):
+    model = make_model("band")
+    path = tmp_path / "model.tflite"
+    model.export(path, format="litert", verbose=False)
+    cases = [inputs(29, 2)]
+    np.savez(tmp_path / "model.npz", x0=cases[0], y0=to_numpy(model(cases[0])))
+    interpret(["model"], tmp_path)

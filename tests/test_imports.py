@@ -43,7 +43,7 @@ ALLOWED = {
     | {"keras", "bounds", "checks", "layouts", "patterns", "plan", "stream", "terms", "tracing"},
     "chosen": {"itertools", "reshaping", "keras", "layouts", "masking", "tracing"},
     "attend": {"checks", "functools", "keras", "masking", "tensors", "tracing"},
-    "tracing": {"contextlib", "functools", "operator", "einops", "keras"},
+    "tracing": {"contextlib", "functools", "itertools", "operator", "einops", "keras"},
     "stream": {"collections", "dataclasses", "functools", "operator", "typing", "keras"}
     | {"reshaping", "attend", "layouts", "masking", "scores", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},

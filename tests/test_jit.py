@@ -96,6 +96,17 @@ def test_patterns_are_exported_with_unknown_lengths(kind):
             close(to_numpy(out), dense_attention(*inputs, pattern)[0], f"{pattern!r} at {n}, {m}")
 
 
+@pytest.mark.parametrize("shape", ["b, n, 2, 4", "b, 29, 2, 4"])
+@pytest.mark.parametrize("pattern", [Local(3), BigBird(64, 4, 1)], ids=repr)
+def test_an_exported_function_has_gradients(pattern, shape):
+    call = exported(lambda x: sparse_attention(x, x, x, pattern), shape)
+    x, *_ = random_inputs(29, 29, dtype="float32")
+    out_grad = random_inputs(29, 29, 1, dtype="float32")[0]
+    found = jax.grad(lambda x: (call(x) * out_grad).sum())(x)
+    _, _, gradients = dense_attention(x, x, x, pattern, out_grad=out_grad)
+    close(to_numpy(found), sum([*gradients.values()][:3]), "gradient", "float32")
+
+
 @pytest.mark.parametrize(
     "pattern", [BigBird(64, 4, 1), Causal() & Neighborhood((16, 4), 1)], ids=repr
 )

@@ -15,6 +15,7 @@ from sparse_attn import (
     Neighborhood,
     ScoreMod,
     Strided,
+    layouts,
     sparse_attention,
     stream,
 )
@@ -26,6 +27,7 @@ from sparse_attn.layers import (
     SelfAttention,
 )
 from sparse_attn.reference import dense_attention
+from tests.cases import EACH_CLASS
 from tests.compare import close, random_inputs, random_masks, to_numpy
 
 torch = pytest.importorskip("torch", reason="the extra [torch] is not installed")
@@ -249,3 +251,149 @@ def test_gradients_of_each_row_of_a_layer(name, mode):
     found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
     assert np.abs(to_numpy(expected[0])).max() > 0.1
     close_all(found, expected, "gradient", "float32")
+
+
+# ---- torch.compile and torch.export --------------------------------------------
+
+
+class Block(torch.nn.Module):
+    """A module of PyTorch around a layer."""
+
+    def __init__(self, pattern, **options):
+        super().__init__()
+        self.project = torch.nn.Linear(8, 8)
+        self.attend = SelfAttention(2, 4, pattern, seed=1, **options)
+        self.attend.build((None, None, 8))
+
+    def forward(self, x):
+        return torch.sigmoid(self.attend(torch.tanh(self.project(x))))
+
+
+class ModuleOfBlocks(torch.nn.Module):
+    """The sum of blocks of several patterns."""
+
+    def __init__(self, patterns, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(Block(pattern, **options) for pattern in patterns)
+
+    def forward(self, x):
+        total = 0.0
+        for block in self.blocks:
+            total = total + block(x)
+        return total
+
+    def step(self, x, forward):
+        """The output, and the gradients of all weights."""
+        out = forward(x)
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        return [out, *torch.autograd.grad((out**2).sum(), weights)]
+
+
+def check_compiled(patterns, lengths, **options):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    module, counter = ModuleOfBlocks(patterns, **options), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(module, backend=counter)
+        for n in lengths:
+            x = torch.randn(2, n, 8)
+            found, expected = (module.step(x, each) for each in (compiled, module))
+            close_all(found, expected, "output or gradient", "float32")
+    finally:
+        torch._dynamo.reset()
+    # Of each block what stands before its layer, and behind; nothing of the layer.
+    assert 2 <= counter.frame_count <= 2 * len(patterns) * (1 + len(lengths))
+    assert counter.op_count <= 3 * counter.frame_count
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of itself
+@pytest.mark.parametrize("kind", EACH_CLASS)
+def test_a_compiled_module_gives_what_it_gives_eagerly(kind):
+    check_compiled(EACH_CLASS[kind], [48])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_module_gives_what_it_gives_eagerly_at_other_lengths(mode):
+    check_compiled([Strided(4), BigBird(64, 4, 1)], [13, 29], **mode)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_function_gives_what_it_gives_eagerly(mode):
+    inputs = [x.requires_grad_() for x in tensors(13)]
+
+    def step(q, k, v):
+        return torch.tanh(sparse_attention(q * 2, k, v, BigBird(32, 4, 1), **mode))
+
+    torch._dynamo.reset()
+    try:
+        outs = [f(*inputs) for f in (torch.compile(step, backend="aot_eager"), step)]
+        found, expected = ([out, *torch.autograd.grad(out.sum(), inputs)] for out in outs)
+    finally:
+        torch._dynamo.reset()
+    close_all(found, expected, "output or gradient")
+
+
+def exported(module, x, **dims):
+    layouts._known_rows.cache_clear()  # as in a process that has called no layer yet
+    dims = {axis: torch.export.Dim(name, min=1, max=64) for name, axis in dims.items()}
+    with torch.no_grad():
+        return torch.export.export(module, (x,), dynamic_shapes=(dims,)).module()
+
+
+def check_exported(patterns, options):
+    module = ModuleOfBlocks(patterns, **options)
+    run = exported(module, torch.randn(2, 48, 8), b=0)
+    for b in (1, 2, 5):
+        x = torch.randn(b, 48, 8)
+        with torch.no_grad():
+            close(to_numpy(run(x)), to_numpy(module(x)), f"batch of {b}", "float32")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", EACH_CLASS)
+def test_an_exported_module_takes_batches_of_any_size(kind):
+    check_exported(EACH_CLASS[kind], {})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pattern", [Causal(), Strided(4), BigBird(64, 4, 1)], ids=repr)
+def test_an_exported_module_takes_batches_of_any_size_where_it_would_be_streamed(
+    pattern, monkeypatch
+):
+    monkeypatch.setattr(stream, "PIECE_BYTES", 4000)
+    check_exported([pattern], {"max_score_bytes": 0})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_module_has_gradients():
+    module = ModuleOfBlocks([Strided(4)])
+    x = torch.randn(2, 48, 8, requires_grad=True)
+    run = torch.export.export(module, (x,)).module()
+    found, expected = (torch.autograd.grad((f(x) ** 2).sum(), x) for f in (run, module))
+    close_all(found, expected, "gradient", "float32")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_of_all_of_a_module_is_refused():
+    from torch._dynamo.exc import Unsupported
+
+    module, x = ModuleOfBlocks([Local(3)]), torch.randn(2, 48, 8)
+    torch._dynamo.reset()
+    try:
+        with pytest.raises(Unsupported, match=r"torch\.compiler\.disable"):
+            torch.compile(module, backend="eager", fullgraph=True)(x)
+        with pytest.raises(Unsupported, match=r"torch\.compiler\.disable"):
+            torch.export.export(module, (x,), strict=True)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pattern", [Local(3), Neighborhood((16, 4), 1)], ids=repr)
+def test_a_module_is_not_exported_for_lengths_that_would_be_wrong(pattern):
+    from torch._dynamo.exc import UserError
+
+    with pytest.raises(UserError, match=r"marked n as dynamic.*specialized it to be a constant"):
+        exported(ModuleOfBlocks([pattern]), torch.randn(2, 48, 8), b=0, n=1)

@@ -36,7 +36,7 @@ from sparse_attn.stream import MAX_SCORE_BYTES
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.terms import is_causal
 from sparse_attn.tiles import trace_predicate
-from sparse_attn.tracing import all_of, require, size_of, uncompiled, value_of
+from sparse_attn.tracing import all_of, require, size_of, value_of
 
 MASK = "a mask of bools or numbers"
 
@@ -243,7 +243,6 @@ class Attention(HasPolicies, BaseLayer):
             ]
         super().set_weights(weights)
 
-    @uncompiled
     def call(
         self,
         query,

@@ -3,6 +3,7 @@
 import keras
 
 from sparse_attn.tensors import check_dense, to_array
+from sparse_attn.tracing import uncompiled
 
 
 class BaseLayer(keras.layers.Layer):
@@ -12,6 +13,7 @@ class BaseLayer(keras.layers.Layer):
     words of their own, or only within some sublayer.
     """
 
+    @uncompiled
     def __call__(self, *args, **kwargs):
         positional = dict(zip(self._call_signature.parameters, args, strict=False))
         for name, x in {**positional, **kwargs}.items():
