@@ -35,7 +35,8 @@ def attention(case, given, dtype="float64"):
         q = np.where(given["query_mask"][:, :, None, None], q, 0)
 
     scale = case.dim**-0.5 if case.scale is None else case.scale
-    scaled = (q * scale).astype(dtype).astype("float64")  # before the product, as Keras' layers do
+    # As Keras' layers do: before the product, by a scale that is rounded as well.
+    scaled = (q * float(np.asarray(scale).astype(dtype))).astype(dtype).astype("float64")
     scores = product("bihd,bjhd->bhij", scaled, k)
     slope, read = np.full(may.shape, float(scale)), None
     q_pos, k_pos = positions(case, given)
