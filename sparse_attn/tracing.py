@@ -346,7 +346,8 @@ def take_along_last(x, numbers):
     last = size_of(x, len(sizes) - 1)
     numbers = tf.reshape(tf.broadcast_to(numbers, shape), (-1, shape[-1]))
     found = tf.reshape(tf.gather(tf.reshape(x, (-1, last)), numbers, batch_dims=1), shape)
-    return tf.ensure_shape(found, static)
+    found.set_shape(static)
+    return found
 
 
 def product(x, y, pattern):
