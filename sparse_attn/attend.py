@@ -38,9 +38,8 @@ def log_sum_exp(scores, weights):
 
     def found(scores, weights):
         def gradient(upstream):
-            return ops.cast(weights * ops.expand_dims(upstream, -1), scores.dtype), ops.zeros_like(
-                weights
-            )
+            by_score = ops.cast(weights * ops.expand_dims(upstream, -1), scores.dtype)
+            return by_score, ops.zeros_like(weights)
 
         return ops.max(scores, axis=-1) - ops.log(ops.max(weights, axis=-1)), gradient
 

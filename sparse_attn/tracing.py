@@ -47,7 +47,7 @@ def eagerly():
         import jax
 
         return jax.ensure_compile_time_eval()
-    if is_traced_to_export():
+    if is_traced_to_export():  # torch has no public name for it
         from torch.utils._python_dispatch import _disable_current_modes
 
         return _disable_current_modes()
