@@ -560,7 +560,7 @@ def check_positions(positions, known_n, n, limit):
     requirement = "an int or an array of ints"
     if isinstance(positions, (int, float, np.generic)):
         positions = check_int("query_positions", positions, minimum=0)
-        if positions + (known_n or 1) > limit:
+        if positions + (known_size(known_n) or 1) > limit:
             told = f"in [0, {bound}), up to the last query"
             raise ValueError(received("query_positions", told, positions))
     else:

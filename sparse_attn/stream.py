@@ -45,6 +45,7 @@ from sparse_attn.tracing import (
     recomputed,
     size_of,
     split,
+    sum_to,
     take,
     unconverted,
     unlinked,
@@ -572,7 +573,7 @@ class _Pieces:
             d_out = self._flat(zero_masked(self._spread(d_out), answered))
         d_value, d_scores = weight_gradients(value, weights, drop, d_out, delta, d_lse)
         if self.bias:  # it comes with pieces of whole runs
-            d_bias.append(_sum_to(self._spread(d_scores), self.bias[piece.run_index]))
+            d_bias.append(sum_to(self._spread(d_scores), self.bias[piece.run_index]))
         d_scores, d_tensors = self._through_mods(piece, query, key, d_scores)
         d_query, d_key = score_gradients(query, key, d_scores)
         d_query = self._joined(self._spread(d_query))
@@ -668,7 +669,7 @@ class _Pieces:
             return self._flat(ops.cast(d_wide, self.dtype)), d_tensors
         if not flat:
             return d_scores, []
-        return d_scores, pull_back(bias, flat, _sum_to(d_wide, bias(*flat)))
+        return d_scores, pull_back(bias, flat, sum_to(d_wide, bias(*flat)))
 
     def _mask(self, piece):
         """The `_TileMask` of a piece."""
@@ -749,11 +750,3 @@ def _join_each(lists, axis):
 
 def _join(tensors, axis):
     return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors, axis=axis)
-
-
-def _sum_to(x, like):
-    """Sum `x` over the axes along which `like` was broadcast."""
-    missing = len(x.shape) - len(like.shape)
-    x = ops.sum(x, axis=tuple(range(missing))) if missing else x
-    axes = tuple(axis for axis in range(len(x.shape)) if like.shape[axis] == 1)
-    return ops.cast(ops.sum(x, axis=axes, keepdims=True) if axes else x, like.dtype)

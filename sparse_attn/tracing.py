@@ -383,6 +383,23 @@ def sum_segments(x, numbers, count):
     return x.new_zeros((count, x.shape[1])).index_add(0, numbers, x)
 
 
+def sum_to(x, like):
+    """`x`, summed over the axes along which `like` was broadcast; of the dtype of `like`.
+
+    A size that TensorFlow does not know yet may be 1, too.
+    """
+    if None in like.shape:
+        import tensorflow as tf
+
+        sizes = tf.shape(like)
+        _, axes = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(x), s1=sizes)
+        return tf.cast(tf.reshape(tf.reduce_sum(x, axes), sizes), like.dtype)
+    missing = len(x.shape) - len(like.shape)
+    x = ops.sum(x, axis=tuple(range(missing))) if missing else x
+    axes = tuple(axis for axis in range(len(x.shape)) if like.shape[axis] == 1)
+    return ops.cast(ops.sum(x, axis=axes, keepdims=True) if axes else x, like.dtype)
+
+
 def after(tensors):
     """A context in which operations wait until `tensors` are there.
 

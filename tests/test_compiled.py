@@ -6,6 +6,7 @@ import pytest
 
 from sparse_attn import (
     Atrous,
+    Axial,
     Band,
     BigBird,
     Blocks,
@@ -307,6 +308,34 @@ def test_tables_that_were_unknown_may_be_empty(pattern):
             np.testing.assert_array_equal(by_q, np.zeros(q.shape))
         else:
             close(out, dense_attention(q, k, v, pattern)[0], "out")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Strided(32), Strided(4), Atrous(3), Axial((4, 8)), Local(3), Fixed(4), Causal() & Blocks(5)],
+    ids=repr,
+)
+def test_a_bias_of_all_rows_and_heads_has_its_gradient_at_unknown_lengths(pattern):
+    specs = [tf.TensorSpec((None, None, 2, size), FLOAT) for size in (4, 4, 3)]
+
+    @tf.function(input_signature=[*specs, tf.TensorSpec((None, None), FLOAT)])
+    def function(q, k, v, bias):
+        with tf.GradientTape() as tape:
+            tape.watch(bias)
+            loss = tf.reduce_sum(sparse_attention(q, k, v, pattern, bias=bias) ** 2)
+        return tape.gradient(loss, bias)
+
+    for n, axes in ((18, (18, 18)), (29, (1, 29)), (7, (7, 1))):
+        q, k, v = random_inputs(n, n)
+        bias = np.random.default_rng(n).normal(size=axes).astype(FLOAT)
+        out, _ = dense_attention(q, k, v, pattern, bias=np.broadcast_to(bias, (1, 1, n, n)))
+        *_, gradients = dense_attention(
+            q, k, v, pattern, bias=np.broadcast_to(bias, (1, 1, n, n)), out_grad=2 * out
+        )
+        expected = gradients["bias"].reshape(-1, n, n).sum(0)
+        for axis in (0, 1):
+            expected = expected.sum(axis, keepdims=True) if axes[axis] == 1 else expected
+        close(to_numpy(function(q, k, v, bias)), expected, repr((n, axes)))
 
 
 def test_xla_is_told_the_sizes_of_pieces():

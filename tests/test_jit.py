@@ -121,6 +121,20 @@ def test_weights_are_exported_with_unknown_lengths(pattern):
         close(out, dense_attention(*inputs, pattern)[0], "out")
 
 
+@pytest.mark.parametrize(
+    "pattern", [Local(3), Axial((4, 16)), Causal() & BigBird(64, 4, 1)], ids=repr
+)
+def test_queries_of_unknown_length_may_begin_at_a_known_position(pattern):
+    def function(q, k, v):
+        return sparse_attention(q, k, v, pattern, query_positions=9)
+
+    call = exported(function, "b, n, 2, 4", "b, m, 2, 4", "b, m, 2, 3")
+    for n, m in ((1, 10), (7, 30)):
+        inputs = random_inputs(n, m)
+        expected, _ = dense_attention(*inputs, pattern, query_positions=9 + np.arange(n))
+        close(to_numpy(call(*inputs)), expected, f"out at {n}, {m}")
+
+
 @pytest.mark.parametrize("pattern", [Local(3), Neighborhood((16, 4), 1)], ids=repr)
 def test_a_layer_is_exported_with_unknown_axes_of_positions(pattern):
     layer = SelfAttention(2, 4, pattern)

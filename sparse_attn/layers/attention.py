@@ -36,7 +36,7 @@ from sparse_attn.stream import MAX_SCORE_BYTES
 from sparse_attn.tensors import to_array, to_tensor
 from sparse_attn.terms import is_causal
 from sparse_attn.tiles import trace_predicate
-from sparse_attn.tracing import all_of, require, size_of, value_of
+from sparse_attn.tracing import all_of, known_size, require, size_of, value_of
 
 MASK = "a mask of bools or numbers"
 
@@ -659,7 +659,7 @@ def are_flags(name, mask):
 
 def check_axes(name, shape, pattern):
     """Refuse several axes of positions that are not those of a pattern's grids."""
-    axes = tuple(shape[1:-1])
+    axes = [known_size(size) for size in shape[1:-1]]
     for grid in pattern.grid_shapes if len(axes) > 1 else ():
         if len(axes) != len(grid) or not all(map(_fits, axes, grid, _is_first(grid))):
             raise ValueError(f"{_off_grid(name, grid, pattern)} Received: {name}.shape={shape}")

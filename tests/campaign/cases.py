@@ -257,7 +257,9 @@ def _poison(case, given):
     unseen = np.zeros((case.batch, case.m, case.key_heads), bool)
     if case.key_mask:
         unseen |= ~given["key_mask"][..., None]
-    if case.poison == "everywhere":
+    equal = case.mode == "unknown" and not (case.attention_mask or case.bias or case.positions)
+    # Lengths that are not known are taken to be equal: "NaN and infinite numbers" in the docs.
+    if case.poison == "everywhere" and not (equal and case.m > case.n):
         groups = case.key_heads, case.heads // case.key_heads
         may = oracle.pairs(case, given).any(axis=2).reshape(case.batch, *groups, case.m)
         unseen |= np.moveaxis(~may.any(axis=2), 1, 2)

@@ -78,7 +78,8 @@ def attention(case, given, dtype="float64"):
     if read is not None:
         rows, by_entry = (np.broadcast_to(x, may.shape)[may] for x in read)
         terms = by_score[may] * by_entry
-        found["table"] = np.bincount(rows, terms, len(table))
+        found["table"] = np.zeros(len(table), wide)
+        np.add.at(found["table"], rows, terms.astype(wide))  # one after another, as frameworks do
         norms["table"] = np.sqrt(np.bincount(rows, terms**2, len(table)))
     return found, norms
 

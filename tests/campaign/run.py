@@ -301,12 +301,12 @@ def _jax_export(key, names):
     from jax import export
 
     sizes = {"b": key.batch, "n": key.n, "m": key.m}
-    free = [axis for axis in sizes if axis in key.varying]
+    symbol = {"b": "b", "n": "n", "m": "n" if key.segments.startswith("one") else "m"}
+    free = list(dict.fromkeys(symbol[axis] for axis in sizes if axis in key.varying))
     symbols = dict(zip(free, export.symbolic_shape(",".join(free)), strict=True))
+    sizes |= {axis: symbols[symbol[axis]] for axis in key.varying}
     specs = {
-        name: jax.ShapeDtypeStruct(
-            tuple((sizes | symbols).get(axis, axis) for axis in axes), as_numpy(dtype)
-        )
+        name: jax.ShapeDtypeStruct(tuple(sizes.get(axis, axis) for axis in axes), as_numpy(dtype))
         for name, (axes, dtype) in _axes_of(key).items()
         if name in names
     }
