@@ -12,6 +12,7 @@ from sparse_attn import (
     Neighborhood,
     PerHead,
     Prefix,
+    Random,
     sparse_attention,
     stream,
 )
@@ -105,6 +106,20 @@ def test_an_exported_function_has_gradients(pattern, shape):
     found = jax.grad(lambda x: (call(x) * out_grad).sum())(x)
     _, _, gradients = dense_attention(x, x, x, pattern, out_grad=out_grad)
     close(to_numpy(found), sum([*gradients.values()][:3]), "gradient", "float32")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [BigBird(64, 4), Random(64, 4), Neighborhood((16, 4), 1), Local(2) | Axial((4, 16))],
+    ids=repr,
+)
+def test_a_layer_is_exported_with_an_unknown_length(pattern):
+    layer = SelfAttention(2, 4, pattern)
+    layer.build((None, None, 8))
+    call = exported(lambda x: layer(x), "b, n, 8")
+    for n in (29, 64):
+        x = np.random.default_rng(n).normal(size=(2, n, 8)).astype("float32")
+        close(to_numpy(call(x)), to_numpy(at_once(layer)(x)), f"out at {n}")
 
 
 @pytest.mark.parametrize(
