@@ -788,7 +788,7 @@ class Global(Pattern):
     positions: int | tuple[int, ...]
 
     def __post_init__(self):
-        requirement = "a non-negative int, how many, or a sequence of positions"
+        requirement = "a non-negative int, how many, or a sequence of positions in [0, 2**31)"
         positions, value = self.positions, self.positions
         if isinstance(positions, np.ndarray):
             positions = positions.tolist()

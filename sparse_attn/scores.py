@@ -30,6 +30,8 @@ def saved(cls):
 class ScoreMod(abc.ABC):
     """Something that is done to each score before the softmax, wherever the score lies.
 
+    To be saved with a layer, its class must have `get_config` and be registered with Keras.
+
     Attributes:
         tensors: the tensors or variables that `modify` gets besides, and that it may
             have to train; a tuple.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparse_attn import (
+    ALiBi,
     Axial,
     Band,
     BigBird,
@@ -22,6 +23,7 @@ from sparse_attn import (
     Neighborhood,
     Pattern,
     PerHead,
+    PositionBias,
     Prefix,
     Strided,
 )
@@ -31,6 +33,7 @@ from sparse_attn.layers import (
     RelativePositionBias,
     RotaryEmbedding,
     SelfAttention,
+    TransformerBlock,
 )
 from tests.cases import Near
 from tests.compare import BACKEND, outputs_and_gradients, to_numpy
@@ -466,6 +469,48 @@ def test_a_file_with_an_unknown_pattern_names_what_to_import(tmp_path, monkeypat
     monkeypatch.delattr("tests.test_drop_in.Unregistered")
     with pytest.raises((TypeError, ValueError), match=r"(?s)Unregistered.*import"):
         keras.models.load_model(tmp_path / "model.keras")
+
+
+OF_UNREGISTERED = {
+    "MultiHeadAttention": lambda: MultiHeadAttention(2, 4, pattern=Unregistered()),
+    "SelfAttention": lambda: SelfAttention(2, 4, Unregistered()),
+    "TransformerBlock": lambda: TransformerBlock(2, 4, Unregistered(), 8),
+}
+
+
+@pytest.mark.parametrize("make", OF_UNREGISTERED.values(), ids=OF_UNREGISTERED)
+def test_a_pattern_that_is_not_registered_is_told_once_at_the_line_that_saves_it(make, tmp_path):
+    layer = make()
+    x = keras.Input((5, 6))
+    model = keras.Model(x, layer(x, x) if type(layer) is MultiHeadAttention else layer(x))
+    with pytest.warns(UserWarning, match="not registered") as caught:
+        model.save(tmp_path / "model.keras")
+    found = [each for each in caught if "not registered" in str(each.message)]
+    assert [each.filename for each in found] == [__file__]
+
+
+@pytest.mark.filterwarnings("ignore:`pattern` holds 'Unregistered'")
+def test_a_model_with_a_pattern_that_is_not_registered_says_how_it_can_be_cloned():
+    model = keras_model(MultiHeadAttention, pattern=Unregistered())
+    for make in (keras.models.clone_model, lambda x: keras.models.model_from_json(x.to_json())):
+        with pytest.raises(ValueError, match=r"(?s)nor cloned.*custom_object_scope\(\{'Unreg"):
+            make(model)
+        with keras.saving.custom_object_scope({"Unregistered": Unregistered}):
+            assert make(model).get_layer("attention").pattern == Unregistered()
+
+
+class WithoutConfig(PositionBias):
+    def bias(self, q_pos, k_pos, head):
+        return 0.0 * (q_pos - k_pos)
+
+
+@pytest.mark.parametrize("score_mod", [WithoutConfig(), [ALiBi(2), WithoutConfig()]])
+def test_saving_a_score_mod_without_config_names_it(score_mod, tmp_path):
+    model = keras_model(MultiHeadAttention, score_mod=score_mod)
+    told = r"`score_mod` must be .*`get_config`. Received: score_mod=<.*WithoutConfig"
+    for make in (keras.models.clone_model, lambda x: x.save(tmp_path / "model.keras")):
+        with pytest.raises(ValueError, match=told):
+            make(model)
 
 
 @pytest.mark.parametrize("pattern", [Unregistered(), Causal() & ~Unregistered()], ids=repr)
@@ -959,7 +1004,7 @@ def test_grouped_query_attention_knows_its_own_arguments_alone(name):
 def test_a_file_with_an_unknown_pattern_names_the_missing_import():
     config = SelfAttention(2, 4, Causal() & Near(3)).get_config()
     text = json.dumps(config).replace("tests>Near", "tests>Far")
-    with pytest.raises(ValueError, match=r"'tests>Far', .*'tests.cases'. Before you load, import"):
+    with pytest.raises(ValueError, match=r"'tests>Far', .*'tests.cases'.* import or define"):
         SelfAttention.from_config(json.loads(text))
     again = SelfAttention.from_config(json.loads(json.dumps(config)))
     assert again.pattern == Causal() & Near(3)

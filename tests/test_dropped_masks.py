@@ -15,6 +15,7 @@ from sparse_attn.layers import (
     PositionEmbedding,
     SelfAttention,
     SinePositionEncoding,
+    TransformerBlock,
 )
 from tests.compare import to_numpy
 
@@ -22,6 +23,10 @@ from tests.compare import to_numpy
 def embedded(mask_zero=True, length=None):
     tokens = keras.Input((length,), dtype="int32")
     return layers.Embedding(9, 8, mask_zero=mask_zero)(tokens)
+
+
+def pooled(x):
+    return layers.GlobalAveragePooling1D(keepdims=True)(x)
 
 
 def attention(x, **options):
@@ -53,6 +58,10 @@ DROPPED = {
     "behind one another": (lambda x: ops.concatenate([x, x], axis=1), "Concatenate"),
     "add of an unmasked one": (lambda x: layers.add([x, embedded(mask_zero=False)]), "Add"),
     "of features": (lambda x: layers.add([x + 1.0, x + 2.0]), "Add"),
+    "add of one position": (lambda x: layers.add([x, keras.Input((1, 8))]), "Add"),
+    "times one position": (lambda x: layers.multiply([keras.Input((1, 8)), x]), "Multiply"),
+    "a gate": (lambda x: layers.multiply([x, pooled(x)]), "Multiply"),
+    "add by keyword": (lambda x: layers.Add()(inputs=[x, embedded(mask_zero=False)]), "Add"),
 }
 
 
@@ -88,10 +97,27 @@ def test_it_is_reported_of_the_input_that_lost_it():
     x = embedded()
     with pytest.warns(UserWarning, match="mask of `value`"):
         MultiHeadAttention(2, 4)(x, x + 1.0)
-    with pytest.warns(UserWarning, match="mask of `query`"):
-        MultiHeadAttention(2, 4)(x + 1.0, x)
     with pytest.warns(UserWarning, match="mask of `value`"):
         MultiHeadAttention(2, 4)(x + 1.0, x + 2.0, query_mask=keras.Input((None,), dtype="bool"))
+    with pytest.warns(UserWarning, match="mask of `key`"):
+        MultiHeadAttention(2, 4)(x, embedded(mask_zero=False), x + 1.0)
+
+
+def test_where_only_queries_lost_it_the_layer_behind_reports_it():
+    x = embedded()
+    y = MultiHeadAttention(2, 4)(x + 1.0, x)  # an error if it warned
+    with pytest.warns(UserWarning, match="of type Add"):
+        attention(y)
+
+
+@pytest.mark.parametrize("place", [slice(1), slice(-1, None)], ids=["first", "last"])
+def test_one_query_of_an_unknown_length_attends_to_no_padding_and_is_silent(place):
+    tokens = keras.Input((None,), dtype="int32")
+    x = layers.Embedding(9, 8, mask_zero=True)(tokens)
+    model = keras.Model(tokens, MultiHeadAttention(2, 4)(x[:, place], x))
+    found = to_numpy(model(np.array([[0, 0, 1, 2, 3, 0, 0]])))
+    expected = to_numpy(model(np.array([[0, 1, 2, 3, 0]])))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
@@ -143,6 +169,14 @@ SILENT = {
     ),
     "a mean": lambda: attention(ops.mean(embedded(), axis=1, keepdims=True)),
     "one position": lambda: attention(embedded(length=8)[:, :1]),
+    "queries alone": lambda: MultiHeadAttention(2, 4)(embedded() + 1.0, embedded()),
+    "queries alone, keys by name": lambda: MultiHeadAttention(2, 4)(
+        embedded() + 1.0, embedded(mask_zero=False), key_mask=keras.Input((None,), dtype="bool")
+    ),
+    "a pooled query": lambda: MultiHeadAttention(2, 4)(pooled(x := embedded()), x),
+    "Keras' attention of unmasked queries": lambda: attention(
+        layers.Attention()([embedded(mask_zero=False), embedded()])
+    ),
     "an encoder's": lambda: attention(decoder()),
     "an encoder's, by hand": lambda: attention(
         ops.matmul(ops.softmax(keras.Input((5, 6))), embedded(length=6))
@@ -175,13 +209,53 @@ def test_a_long_history_is_searched_once():
     attention(x)
 
 
-def test_what_is_loaded_reports_it_too(tmp_path):
+STACKS = {
+    "attention": lambda x: SelfAttention(2, 4)(x),
+    "residuals": lambda x: x + MultiHeadAttention(2, 4)(x, x),
+    "blocks": lambda x: TransformerBlock(2, 4, Local(3), 8)(x),
+}
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_one_dropped_mask_is_reported_once_whatever_layers_are_behind_it(stack):
+    with pytest.warns(UserWarning, match="of type Add") as caught:
+        x = stack(embedded() + 1.0)
+    assert len(caught) == 1
+    for _ in range(3):
+        x = stack(x)  # an error if it warned
+
+
+def test_two_dropped_masks_are_reported_both():
+    first, second = embedded() + 1.0, embedded() * 2.0
+    with pytest.warns(UserWarning, match="of type Add"):
+        first = attention(first)
+    with pytest.warns(UserWarning, match="of type Multiply"):
+        attention(layers.add([second, first]))
+    with pytest.warns(UserWarning, match="of type Subtract"):  # it is another call
+        attention(embedded() - 1.0)
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_the_warning_points_at_the_line_of_the_user(stack):
+    x = embedded() + 1.0
+    with pytest.warns(UserWarning, match="did not arrive") as caught:
+        stack(x)
+    line = stack.__code__.co_firstlineno
+    assert [(each.filename, each.lineno) for each in caught] == [(__file__, line)]
+
+
+def test_what_is_loaded_or_cloned_does_not_report_it_again(tmp_path):
     x = keras.Input((None,), dtype="int32")
     y = layers.Embedding(9, 8, mask_zero=True)(x)
     with pytest.warns(UserWarning, match="did not arrive"):
-        model = keras.Model(x, attention(y * 2.0))
+        y = attention(y * 2.0)
+    z = layers.Embedding(9, 8, mask_zero=True)(x)
     with pytest.warns(UserWarning, match="did not arrive"):
-        keras.models.clone_model(model)
+        model = keras.Model(x, layers.add([y, TransformerBlock(2, 4, None, 8)(z * 3.0)]))
+    model.save(tmp_path / "model.keras")
+    keras.models.load_model(tmp_path / "model.keras")
+    keras.models.clone_model(model)
+    keras.models.model_from_json(model.to_json())
 
 
 def test_what_it_says_to_do_keeps_padding_out():

@@ -17,7 +17,9 @@ from sparse_attn.layers import (
     RotaryEmbedding,
     SelfAttention,
     SinePositionEncoding,
+    TransformerBlock,
 )
+from sparse_attn.layers.attention import are_flags
 from sparse_attn.masking import masked_softmax, sequence_mask, zero_masked
 from tests.compare import BACKEND, close, outputs_and_gradients, to_numpy
 
@@ -242,6 +244,33 @@ def test_strings_are_refused_by_name(call, strings):
         call(strings)
 
 
+NO_TENSORS = {
+    "dict": lambda: {"a": normal(1, 3, 6)},
+    "dict of symbols": lambda: {"a": keras.Input((3, 6))},
+    "set": lambda: {1.0},
+    "object": lambda: object(),
+    "generator": lambda: iter(normal(1, 3, 6)),
+}
+BY_KEYWORD = {
+    "query by keyword": lambda x: MultiHeadAttention(2, 4)(query=x, value=normal(1, 3, 6)),
+    "key by keyword": LAYERS["key"],
+    "SelfAttention by keyword": lambda x: SelfAttention(2, 4)(query=x),
+    "block": lambda x: TransformerBlock(2, 4, None, 8)(x),
+    "block by keyword": lambda x: TransformerBlock(2, 4, None, 8)(inputs=x),
+    "inputs by keyword": lambda x: RotaryEmbedding()(inputs=x),
+}
+
+
+@pytest.mark.parametrize("make", NO_TENSORS.values(), ids=NO_TENSORS)
+@pytest.mark.parametrize(
+    "call", [*LAYERS.values(), *BY_KEYWORD.values()], ids=[*LAYERS, *BY_KEYWORD]
+)
+def test_what_is_no_tensor_is_refused_by_name(call, make):
+    told = r"`(query|key|inputs)` must be a tensor or an array of numbers. Received: \w+=.*[a{<]"
+    with pytest.raises(TypeError, match=told):
+        call(make())
+
+
 @pytest.mark.parametrize("call", LAYERS.values(), ids=LAYERS)
 def test_symbols_of_strings_are_refused_by_name(call):
     with pytest.raises(TypeError, match=r"`(query|key|inputs)` must be a tensor or an array of"):
@@ -289,6 +318,17 @@ def test_an_additive_mask_is_an_error(mask, call, kind):
         call(given)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32"])
+def test_an_error_of_an_additive_mask_shows_its_number_dtype_and_shape(dtype):
+    mask = ops.convert_to_tensor([[0.0, 1.0, -96.0], [0.0, -5.0, 0.0]])
+    told = rf"Received: mask of shape \(2, 3\) and dtype {dtype}, with -96(\.0)?$"
+    with pytest.raises(ValueError, match=told):
+        are_flags("mask", ops.cast(mask, dtype))
+    told = r"Received: attention_mask of shape \(5, 5\) and dtype float32, with -1000000000"
+    with pytest.raises(ValueError, match=told):
+        MultiHeadAttention(2, 4)(X, X, attention_mask=np.full((5, 5), -1e9, "float32"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "uint8", "bool"])
 @pytest.mark.parametrize("name", ["attention_mask", "key_mask"])
 def test_masks_of_zeros_and_ones_are_those_of_bools(name, dtype):
@@ -322,7 +362,8 @@ def test_an_additive_mask_that_is_traced_is_an_error_or_nan(xla):
 
         compiled = tf.function(call, jit_compile=xla)
         if not xla:
-            with pytest.raises(tf.errors.InvalidArgumentError, match="must be a mask of bools"):
+            told = r"must be a mask of bools.*shape \(2, 5, 5\) and dtype float32, with other"
+            with pytest.raises(tf.errors.InvalidArgumentError, match=told):
                 compiled(additive(ALLOWED))
             return
     elif BACKEND == "jax":

@@ -709,8 +709,9 @@ def test_one_query_for_many_keys_under_a_causal_pattern_warns_once(pattern, symb
     query, value = inputs(1), inputs(13)
     if symbolic:
         query, value = keras.Input((1, 6)), keras.Input((13, 6))
-    with pytest.warns(UserWarning, match=r"one query for 13 keys.*`query_positions`"):
+    with pytest.warns(UserWarning, match=r"one query for 13 keys.*`query_positions`") as caught:
         layer(query, value)
+    assert [each.filename for each in caught] == [__file__]
     layer(query, value)  # once
 
 

@@ -585,6 +585,7 @@ BAD = [
     (lambda: Fixed(3, 0), ValueError, "`summary` must be a positive int. .*summary=0"),
     (lambda: Global(-1), ValueError, "`positions` must be a non-negative int, how many, or a seq"),
     (lambda: Global((1, -2)), ValueError, r"Received: positions=\(1, -2\)"),
+    (lambda: Global((1, 2**33)), ValueError, r"positions in \[0, 2\*\*31\)"),
     (lambda: Global(1.5), TypeError, "`positions` must be .* Received: positions=1.5"),
     (lambda: Global("ab"), TypeError, "`positions` must be .* Received: positions='ab'"),
     (lambda: Random(0), ValueError, "`length` must be a positive int. Received: length=0"),

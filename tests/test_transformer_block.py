@@ -170,6 +170,22 @@ def test_masks_and_segments():
         block(X, mask=np.where(MASK, 0, -1e9))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"attention_mask": np.full((2, 9, 9), -1e9, "float32")},
+        {"attention_mask": np.ones((2, 9, 8), bool)},
+        {"segment_ids": np.zeros((2, 8), int)},
+    ],
+)
+def test_what_is_wrong_is_said_in_the_name_of_the_block(wrong):
+    block = TransformerBlock(2, 4, Local(2), 10)
+    block(X)
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"calling TransformerBlock.call.*(?s:.*)`{name}` must"):
+        block(X, **wrong)
+
+
 def test_a_lost_mask_is_reported_in_the_name_of_the_block():
     tokens = keras.Input((None,), dtype="int32")
     x = layers.Embedding(9, 6, mask_zero=True)(tokens) + 1.0
@@ -177,6 +193,7 @@ def test_a_lost_mask_is_reported_in_the_name_of_the_block():
     with pytest.warns(UserWarning, match=r"mask of `inputs` did not arrive at layer 'block'"):
         block(x)
     block(x)  # once
+    x = layers.Embedding(9, 6, mask_zero=True)(tokens) + 1.0
     TransformerBlock(2, 4, Local(2), 10)(x, mask=keras.Input((None,), dtype="bool"))
 
 

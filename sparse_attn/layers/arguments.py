@@ -47,8 +47,13 @@ def read_pattern(pattern):
 def save_score_mod(score_mod):
     """The config of a `score_mod`, or an error where Keras could not read it again."""
     for mod in score_mod if isinstance(score_mod, (list, tuple)) else [score_mod]:
-        if isinstance(mod, (functools.partial, types.MethodType)):
-            requirement = "a registered function or object to be saved, no part of one"
+        is_part = isinstance(mod, (functools.partial, types.MethodType))
+        is_named = hasattr(mod, "get_config") or hasattr(mod, "__name__")
+        if mod is not None and (is_part or not is_named):
+            requirement = (
+                "a registered function or object to be saved or cloned; an object of a class with "
+                "`get_config`"
+            )
             raise ValueError(received("score_mod", requirement, mod))
     return save_shared(score_mod)
 

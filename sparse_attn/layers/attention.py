@@ -3,7 +3,6 @@
 import functools
 import inspect
 import math
-import warnings
 from dataclasses import dataclass
 
 import keras
@@ -25,8 +24,8 @@ from sparse_attn.layers.arguments import (
     read_window,
     save_score_mod,
 )
-from sparse_attn.layers.base import BaseLayer
-from sparse_attn.layers.dropped_masks import dropped_by, mask_of, message
+from sparse_attn.layers.base import BaseLayer, warn
+from sparse_attn.layers.dropped_masks import warn_of_dropped_mask
 from sparse_attn.layers.projection import Projection, as_own
 from sparse_attn.layers.saving import HasPolicies, classes_of, save_pattern, save_shared
 from sparse_attn.masking import zero_masked
@@ -76,7 +75,7 @@ class Attention(HasPolicies, BaseLayer):
 
     # The inputs that each mask of positions is of; it has the shape of the first.
     _sides = {"query_mask": ["query"], "value_mask": ["value"], "key_mask": ["key"]}  # noqa: RUF012
-    _key_name = "key"  # the argument that keys come in, for messages
+    _key_names = "value", "key"  # the arguments that values and keys come in, for messages
 
     def __init__(
         self,
@@ -108,7 +107,6 @@ class Attention(HasPolicies, BaseLayer):
     ):
         super().__init__(**kwargs)
         self.supports_masking = True
-        self._warned = set()  # of what, once each
         self._has_traced = False  # the pattern's predicate
         self._widths = {}  # the features of each input, once they are known
         self._num_heads, self._key_heads = num_heads, key_heads
@@ -388,7 +386,7 @@ class Attention(HasPolicies, BaseLayer):
             self._check_lengths((None, None, None), of_key)
         conditions = [are_flags(name, mask) for name, mask in masks.items()]
         conditions.append(are_flags("attention_mask", attention_mask))
-        placed = {"key": self._key_name}
+        placed = {"key": self._key_names[1]}
         if query_positions is None and query is not key:
             placed["query"] = "query"
         for name, told in placed.items():
@@ -399,7 +397,7 @@ class Attention(HasPolicies, BaseLayer):
         }
         pairs = self._mask_shapes(of_query[:-1], of_key[:-1])
         attention_mask = read_mask("attention_mask", attention_mask, *pairs)
-        n, m = _length(of_query), _length(of_key)
+        n, m = length_of(of_query), length_of(of_key)
         if query_positions is None:
             self._warn_of_one_query(pattern, n, m)
         elif isinstance(query_positions, keras.KerasTensor):
@@ -425,11 +423,10 @@ class Attention(HasPolicies, BaseLayer):
             return
         if is_causal(pattern):
             self._warned.add("one query")
-            warnings.warn(
+            warn(
                 f"Layer {self.name!r} has one query for {m} keys. Without `query_positions` it "
                 f"stands at position 0, where the causal pattern {pattern!r} lets it see the "
-                "first key alone. Give `query_positions`, the number of positions before it.",
-                stacklevel=2,
+                "first key alone. Give `query_positions`, the number of positions before it."
             )
 
     def _mask_shapes(self, q_shape, k_shape):
@@ -475,8 +472,8 @@ class Attention(HasPolicies, BaseLayer):
 
         The axes of queries, which may stand at `query_positions`, are looked at in a call.
         """
-        check_axes(self._key_name, tuple(key_shape), self.pattern)
-        self.pattern.check_lengths(_length(query_shape), _length(key_shape))
+        check_axes(self._key_names[1], tuple(key_shape), self.pattern)
+        self.pattern.check_lengths(length_of(query_shape), length_of(key_shape))
 
     def compute_mask(self, query, previous_mask=None):
         return previous_mask
@@ -527,25 +524,14 @@ class Attention(HasPolicies, BaseLayer):
         return out, keras.KerasTensor(pairs, dtype=self.compute_dtype)
 
     def _warn_of_dropped_masks(self, inputs):
-        """Warn, once, if an ancestor of an input had a mask that did not arrive.
+        """Warn if nothing masks the keys, but an ancestor of keys or values had a mask.
 
-        A mask of keys or of pairs that was given by name settles it for all inputs.
+        That of queries alone keeps no padding from being attended to.
         """
-        vectors = dict(zip(("query", "value", "key"), inputs.vectors, strict=True))
         masked = [self._sides[name] for name, mask in inputs.masks.items() if mask is not None]
-        by_name = [names for names in masked if mask_of(vectors[names[0]]) is None]
-        settled = inputs.attention_mask is not None or any(x != ["query"] for x in by_name)
-        if settled or "dropped mask" in self._warned:
-            return
-        masked = {name for names in masked for name in names}
-        if masked & {"value", "key"}:  # their masks are joined
-            masked |= {"value", "key"}
-        for name, x in vectors.items():
-            operation = None if name in masked else dropped_by(x)
-            if operation is not None:
-                self._warned.add("dropped mask")
-                warnings.warn(message(self, name, operation), stacklevel=2)
-                return
+        if inputs.attention_mask is None and all(sides == ["query"] for sides in masked):
+            for name, x in zip(self._key_names, inputs.vectors[1:], strict=True):
+                warn_of_dropped_mask(self, name, x)
 
     def _trace_predicates(self):
         """Try predicates of a user's own, once, rather than fail when the model is run."""
@@ -642,19 +628,20 @@ def are_flags(name, mask):
         return None
     is_int = dtype.startswith("int")
     flags = mask >= 0 if is_int else (mask == 0) | (mask == 1)
-    flags = all_of(flags) if array is None else flags.all()
-    known = value_of(flags) if array is None else bool(flags)
+    right = all_of(flags) if array is None else flags.all()
+    known = value_of(right) if array is None else right
     if known:
         return None
     requirement = "ints that are not negative" if is_int else "of the numbers 0 and 1"
     told = (
         f"`{name}` must be a mask of bools or {requirement}, True or 1 = may be attended. "
         "Numbers to be added to scores are the `bias` of `sparse_attention`, or a "
-        f"`score_mod`. Received: {name} with other numbers"
+        f"`score_mod`. Received: {name} of shape {tuple(mask.shape)} and dtype {dtype}, with "
     )
     if known is None:
-        return flags, told
-    raise ValueError(told)
+        return right, f"{told}other numbers"
+    wrong = ops.convert_to_numpy(mask)[~ops.convert_to_numpy(flags)]
+    raise ValueError(f"{told}{wrong[0]}")
 
 
 def check_axes(name, shape, pattern):
@@ -719,7 +706,7 @@ def _is_one(masks):
     return len({id(mask) for mask in masks if mask is not None}) == 1
 
 
-def _length(shape):
+def length_of(shape):
     """The number of positions of inputs of a shape, or `None` while it is unknown."""
     sizes = shape[1:-1]  # JAX exports unknown ones by names, which nothing can be compared with
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None

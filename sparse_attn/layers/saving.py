@@ -1,10 +1,9 @@
 """How layers are saved: their patterns, and the policies of sublayers, quantized ones as well."""
 
-import warnings
-
 import keras
 from keras import dtype_policies
 
+from sparse_attn.layers.base import warn
 from sparse_attn.patterns import Pattern
 
 
@@ -38,6 +37,7 @@ class HasPolicies:
         config = dict(config)
         policies = config.pop("policies", None)
         layer = cls(**config)  # that of Keras would say what is wrong in other words
+        layer._warned.add("dropped mask")  # its model was built before
         if policies:
             layer._computing = keras.saving.deserialize_keras_object(policies)
         return layer
@@ -70,11 +70,10 @@ def save_pattern(pattern):
         if not name.startswith("sparse_attn>"):
             own[name] = kind.__module__
         if keras.saving.get_registered_object(name) is None:
-            warnings.warn(
-                f"`pattern` holds {kind.__name__!r}, a class that is not registered: what is saved "
-                "here cannot be loaded until it is. Put "
-                "`@keras.saving.register_keras_serializable()` above its definition.",
-                stacklevel=2,
+            warn(
+                f"`pattern` holds {kind.__name__!r}, a class that is not registered: this can be "
+                "neither loaded nor cloned until it is. Put "
+                "`@keras.saving.register_keras_serializable()` above its definition."
             )
     config = keras.saving.serialize_keras_object(pattern)
     return {**config, "defined_in": own} if own else config
@@ -89,11 +88,12 @@ def load_pattern(config):
         for name, module in own.items():
             if keras.saving.get_registered_object(name) is None:
                 raise ValueError(
-                    f"`pattern` holds a class that is not known here, {name!r}, which was defined "
-                    f"in {module!r}. Before you load, import or define it, with "
-                    "`@keras.saving.register_keras_serializable()` above its definition; or give "
-                    "it to the loading function, as in "
-                    f"`custom_objects={{{name!r}: {name.rpartition('>')[2]}}}`."
+                    f"`pattern` holds {name!r}, a class of {module!r} that is not registered here, "
+                    "so that it can be neither loaded nor cloned. Put "
+                    "`@keras.saving.register_keras_serializable()` above its definition, and "
+                    "import or define it before this; or do this within `with "
+                    "keras.saving.custom_object_scope"
+                    f"({{{name!r}: {name.rpartition('>')[2]}}}):`."
                 ) from error
         raise
 

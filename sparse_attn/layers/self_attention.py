@@ -6,7 +6,6 @@ from sparse_attn.checks import check_bool
 from sparse_attn.layers.arguments import read_pattern
 from sparse_attn.layers.attention import refuse_second_input
 from sparse_attn.layers.multi_head_attention import MultiHeadAttention
-from sparse_attn.layers.saving import save_pattern
 from sparse_attn.patterns import Atrous, Causal, Local, Strided
 
 
@@ -54,13 +53,14 @@ class SelfAttention(MultiHeadAttention):
         "query_mask": ["query", "key"],
         "key_mask": ["key"],
     }
-    _key_name = "query"
+    _key_names = "query", "query"
 
     def __init__(self, num_heads, key_dim, pattern=None, causal=False, **kwargs):
         self.causal = check_bool("causal", causal)
-        self._plain_pattern = read_pattern(pattern)
-        pattern = Causal() & self._plain_pattern if causal else self._plain_pattern
+        plain = read_pattern(pattern)
+        pattern = Causal() & plain if causal else plain
         super().__init__(num_heads, key_dim, pattern=pattern, **kwargs)
+        self._given_pattern = plain
 
     def build(self, query_shape=None):
         super().build(query_shape, query_shape)
@@ -121,11 +121,7 @@ class SelfAttention(MultiHeadAttention):
         )
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "pattern": save_pattern(self._plain_pattern),
-            "causal": self.causal,
-        }
+        return {**super().get_config(), "causal": self.causal}
 
 
 class _NamedSelfAttention(SelfAttention):
@@ -134,7 +130,7 @@ class _NamedSelfAttention(SelfAttention):
     def get_config(self):
         config = super().get_config()
         del config["pattern"]
-        return {**config, **self._plain_pattern.get_config()}
+        return {**config, **self._given_pattern.get_config()}
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")

@@ -1,11 +1,10 @@
 """A transformer block: attention and a feed-forward network, each with a residual."""
 
-import warnings
-
 import keras
 from keras import activations, initializers, ops
 
 from sparse_attn.checks import check_bool, check_int, check_positive, check_rate, received
+from sparse_attn.functional import check_segments
 from sparse_attn.layers.arguments import (
     read_object,
     read_pattern,
@@ -17,12 +16,13 @@ from sparse_attn.layers.attention import (
     both,
     check_axes,
     copy_initializer,
+    length_of,
     of_positions,
     read_mask,
     refuse_second_input,
 )
 from sparse_attn.layers.base import BaseLayer
-from sparse_attn.layers.dropped_masks import dropped_by, message
+from sparse_attn.layers.dropped_masks import warn_of_dropped_mask
 from sparse_attn.layers.multi_head_attention import GroupedQueryAttention, MultiHeadAttention
 from sparse_attn.layers.saving import HasPolicies, save_pattern, save_shared
 from sparse_attn.masking import zero_masked
@@ -157,9 +157,8 @@ class TransformerBlock(HasPolicies, BaseLayer):
                 requirement = f"a divisor of `num_heads`, {sizes[1]}"
                 raise ValueError(received("num_key_value_heads", requirement, num_key_value_heads))
             self.attention = GroupedQueryAttention(*sizes, self.num_key_value_heads, **options)
-        self.attention._key_name = "inputs"  # in messages
+        self.attention._key_names = "inputs", "inputs"  # in messages
         self.attention._warned.add("dropped mask")  # the block does so, in its own name
-        self._has_warned = False
 
     @property
     def num_heads(self):
@@ -221,7 +220,9 @@ class TransformerBlock(HasPolicies, BaseLayer):
         segment_ids=None,
         training=None,
     ):
-        masks, conditions = self._read(inputs, mask, inputs_mask)
+        *masks, attention_mask, conditions = self._read(
+            inputs, mask, inputs_mask, attention_mask, segment_ids
+        )
         mask = both(*masks)
         masks = {"query_mask": mask, "value_mask": mask}
         pairs = {"attention_mask": attention_mask, "segment_ids": segment_ids}
@@ -246,17 +247,26 @@ class TransformerBlock(HasPolicies, BaseLayer):
             x = require(x, condition, told)
         return x
 
-    def _read(self, inputs, mask, inputs_mask):
-        """The masks as bools, of numbers or symbols, and conditions of them: see `are_flags`."""
+    def _read(self, inputs, mask, inputs_mask, attention_mask, segment_ids):
+        """The three masks as bools, of numbers or symbols, and conditions: see `are_flags`.
+
+        Its attention would refuse what is wrong as well, but in the name of another layer.
+        """
         shape = getattr(inputs, "shape", None)
         self._check_shape(shape)
         refuse_second_input(self, shape, mask)
         check_axes("inputs", tuple(shape), self.pattern)
-        named = {"mask": mask, "inputs_mask": inputs_mask}
-        conditions = [are_flags(name, x) for name, x in named.items()]
-        wanted = of_positions(tuple(shape)[:-1])
-        masks = [read_mask(name, x, wanted) for name, x in named.items()]
-        return masks, [condition for condition in conditions if condition is not None]
+        axes, n = tuple(shape)[:-1], length_of(shape)
+        check_segments(segment_ids, axes[0], n, n, symbols=True)
+        pairs = self.attention._mask_shapes(axes, axes)
+        masks = {
+            "mask": (mask, of_positions(axes)),
+            "inputs_mask": (inputs_mask, of_positions(axes)),
+            "attention_mask": (attention_mask, *pairs),
+        }
+        conditions = [are_flags(name, x) for name, (x, *_) in masks.items()]
+        found = [read_mask(name, *wanted) for name, wanted in masks.items()]
+        return *found, [condition for condition in conditions if condition is not None]
 
     def _check_shape(self, shape):
         if shape is None:
@@ -283,17 +293,14 @@ class TransformerBlock(HasPolicies, BaseLayer):
         segment_ids=None,
         training=None,
     ):
-        masks, _ = self._read(inputs, mask, inputs_mask)
-        if not self._has_warned and all(x is None for x in (*masks, attention_mask)):
-            operation = dropped_by(inputs)
-            if operation is not None:
-                self._has_warned = True
-                warnings.warn(message(self, "inputs", operation), stacklevel=2)
+        *masks, _ = self._read(inputs, mask, inputs_mask, attention_mask, segment_ids)
+        if all(x is None for x in masks):
+            warn_of_dropped_mask(self, "inputs", inputs)
         self.attention.compute_output_spec(
             *(inputs, inputs),
             query_mask=masks[0],
             value_mask=masks[1],
-            attention_mask=attention_mask,
+            attention_mask=masks[2],
             segment_ids=segment_ids,
         )
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
