@@ -288,7 +288,7 @@ def _attend(query, key, value, given, pattern, *, dropout, seed, return_lse, max
             keys.pick(value),
             tiles.masks,
             tiles.bias,
-            tiles.mods(),
+            tiles.mods(pattern),
             repeats=given.repeats,
             dropout=dropout,
             seeds=own_seeds,
@@ -418,7 +418,7 @@ def _dense_weights(query, key, given, pattern):
     if given.repeats > 1:
         scores = rearrange(scores, "b g t (i r) j -> b g t i r j", r=given.repeats)
     mask = allowed_by(tiles.masks[0]) if tiles.masks[0] else None
-    mods = tiles.mods()
+    mods = tiles.mods(pattern)
     if mods is not None:
         scores = ops.cast(scores, wide(scores.dtype))
         (positions,) = mods.positions

@@ -51,6 +51,10 @@ TILE_PAIRS = 2**13
 FIND_PAIRS = 2**13  # of cheaper plans, no blocks are looked for
 MASK_COST = 0.25  # a mask, beside the pairs that it is of
 GATHER_COST = 16  # keys that are gathered, in rows of a block
+# How one pair of a pattern is looked for.
+SEARCH_SIZE = 128  # among the first positions; then among twice as many, and so on
+SEARCH_AT_ONCE = 2**19  # pairs
+SEARCH_PAIRS = 2**26  # of unknown lengths, where none is found
 
 
 @dataclass(frozen=True)
@@ -323,6 +327,67 @@ def _moved(part, m, dim):
     """Numbers that a part makes for a head: copies of keys, and scores."""
     keys = part.scored_pairs if isinstance(part.layout, Gather) else m
     return part.scored_pairs + keys * dim
+
+
+@functools.lru_cache(maxsize=1024)
+def allowed_pair(pattern, n, m):
+    """A pair that a pattern allows, so that a function of positions may be evaluated there.
+
+    The predicate is evaluated on pairs within the bounds of its plan alone, the first
+    positions first: on all of them if the lengths are known, and otherwise on
+    those below `NOMINAL_LENGTH`, but on few more than `SEARCH_PAIRS` in vain.
+
+    Args:
+        pattern: a `Pattern`.
+        n, m: numbers of queries and keys, or `None` while they are unknown.
+
+    Returns:
+        `(q_pos, k_pos)`, ints; `(0, 0)` if none is found.
+    """
+    if 0 in (n, m):
+        return 0, 0
+    known = None not in (n, m)
+    parts = plan_lengths(pattern, n, m) if known else terms_of(pattern, n, m)
+    limit = min(NOMINAL_LENGTH, pattern.max_length or NOMINAL_LENGTH)
+    lengths = [limit if size is None else size for size in (n, m)]
+    size, looked_at = SEARCH_SIZE, 0
+    while True:
+        within = [min(size, length) for length in lengths]
+        for q_pos, k_pos in itertools.chain(*(_held(part, *within) for part in parts)):
+            with eagerly():
+                found = np.argwhere(pattern._answer(q_pos, k_pos))
+            if len(found):
+                return int(q_pos[found[0, 0]]), int(k_pos[found[0, 1]])
+            looked_at += len(q_pos) * len(k_pos)
+        if within == lengths or (not known and looked_at > SEARCH_PAIRS):
+            return 0, 0
+        size *= 2
+
+
+def _held(part, n, m):
+    """The queries and keys among the first `n` and `m` whose pairs hold a part, or a term.
+
+    Yields:
+        Pairs of arrays of positions, some of them at a time.
+    """
+    bound, columns = part.bound, columns_of([part], m)
+    listed = isinstance(bound, Lists)
+    queries, keys = (
+        np.arange(size) if chosen is None else chosen.positions(size)
+        for chosen, size in ((getattr(bound, x, None), y) for x, y in (("queries", n), ("keys", m)))
+    )
+    rows = bound.size if listed else SEARCH_SIZE
+    for first in range(0, len(queries), rows):
+        q_pos = queries[first : first + rows]
+        if listed:
+            starts = np.array(bound.lists[first // rows])[:, None] * rows
+            near = (starts + np.arange(rows)).reshape(-1)
+            near = near[(near >= 0) & (near < m)]
+        else:
+            near = keys[slice(*np.searchsorted(keys, columns(q_pos[0], q_pos[-1])))]
+        count = max(1, SEARCH_AT_ONCE // len(q_pos))
+        for start in range(0, len(near), count):
+            yield q_pos, near[start : start + count]
 
 
 def has_surplus(part, layout):

@@ -37,8 +37,8 @@ class ScoreMod(abc.ABC):
             have to train; a tuple.
         by_distance: whether positions matter by `k_pos - q_pos` alone.
         defined_everywhere: whether `modify` returns finite numbers, with finite
-            gradients, at every pair of positions. If not, as by default, it meets
-            the positions of allowed pairs only.
+            gradients, at every pair of positions. If not, as by default, it gets
+            the positions of allowed pairs only, as far as there are any.
     """
 
     tensors = ()
@@ -223,7 +223,7 @@ def are_defined_everywhere(mods):
     return all(mod.defined_everywhere for mod in mods)
 
 
-def apply_mods(mods, scores, positions, tensors, allowed=None, example=(0, 0)):
+def apply_mods(mods, scores, positions, tensors, allowed=None, example=(0, 0, 0)):
     """`scores` after all of some mods, one after the other.
 
     A pair that is not allowed, or that a mod before forbids, meets no mod but
@@ -236,7 +236,8 @@ def apply_mods(mods, scores, positions, tensors, allowed=None, example=(0, 0)):
         positions: `(q_pos, k_pos, head)`.
         tensors: for each mod its tensors.
         allowed: bool tensor that broadcasts with the scores, or `None` for all.
-        example: positions of a pair that might be allowed, where none is.
+        example: `(q_pos, k_pos, head)` of a pair at which the mods are evaluated where
+            none of these is allowed, ints.
 
     Returns:
         `(scores, allowed)`: finite scores, any number where they are not
@@ -248,6 +249,7 @@ def apply_mods(mods, scores, positions, tensors, allowed=None, example=(0, 0)):
             continue
         if allowed is not None:
             scores = ops.where(allowed, scores, ops.zeros((), scores.dtype))
+        own = linked_if_any(own, allowed)
         found = mod.modify(scores, *at_allowed(positions, allowed, example), *own)
         kept = is_not_masked(found)
         allowed = kept if allowed is None else allowed & kept
@@ -255,15 +257,20 @@ def apply_mods(mods, scores, positions, tensors, allowed=None, example=(0, 0)):
     return scores, allowed
 
 
-def add_biases(mods, dtype, positions, tensors, allowed=None, example=(0, 0)):
-    """The sum of the biases of some mods that only add; see `apply_mods`."""
-    if not are_defined_everywhere(mods):
+def add_biases(mods, dtype, positions, tensors, allowed=None, example=(0, 0, 0)):
+    """The sum of the biases of some mods that only add, 0 for other pairs; see `apply_mods`."""
+    everywhere = are_defined_everywhere(mods)
+    if not everywhere:
         positions = at_allowed(positions, allowed, example)
+        tensors = [linked_if_any(own, allowed) for own in tensors]
     found = [
         ops.cast(mod.bias(*positions, *own), dtype) for mod, own in zip(mods, tensors, strict=True)
     ]
     total = functools.reduce(ops.add, found)
-    return total if are_defined_everywhere(mods) else at_least_lowest(total)
+    if everywhere:
+        return total
+    total = at_least_lowest(total)
+    return total if allowed is None else ops.where(allowed, total, ops.zeros((), total.dtype))
 
 
 def at_allowed(positions, allowed, example):
@@ -274,13 +281,25 @@ def at_allowed(positions, allowed, example):
     if allowed is None:
         return positions
     *pair, head = positions
-    allowed = allowed & (pair[0] == pair[0]) & (pair[1] == pair[1])  # of the shape of all three
+    # Where all heads allow the same pairs, any head will do.
+    by_head = any(x != 1 != y for x, y in zip(allowed.shape, head.shape, strict=True))
+    moved, fixed = (positions, []) if by_head else (pair, [head])
+    for x in moved:
+        allowed = allowed & (x == x)  # of the shape of all of them
     first = ops.argmax(ops.cast(_with_last(allowed, True), "int32"))
     found = []
-    for x, last in zip(pair, example, strict=True):
+    for x, last in zip(moved, example, strict=False):
         values = _with_last(ops.broadcast_to(x, ops.shape(allowed)), last)
         found.append(ops.where(allowed, x, gather(values, first, axis=0)))
-    return *found, head
+    return *found, *fixed
+
+
+def linked_if_any(tensors, allowed):
+    """Tensors to which no gradient leads where no pair is allowed; see `apply_mods`."""
+    if allowed is None or not tensors:
+        return tensors
+    some = ops.any(allowed)
+    return tuple(ops.where(some, x, ops.stop_gradient(x)) for x in tensors)
 
 
 def _with_last(x, last):

@@ -126,13 +126,13 @@ class Mods:
         mods: a tuple of `ScoreMod`.
         positions: for each run `(q_pos, k_pos, head)`, which broadcast to its tiles.
         tensors: for each mod its tensors.
-        example: positions of a pair that the pattern allows.
+        example: `(q_pos, k_pos, head)` of a pair that the pattern allows.
     """
 
     mods: tuple
     positions: list
     tensors: list
-    example: tuple = (0, 0)
+    example: tuple = (0, 0, 0)
 
 
 def attend_tiles(

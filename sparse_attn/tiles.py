@@ -4,19 +4,18 @@ import functools
 import math
 from dataclasses import dataclass
 
-import numpy as np
 from keras import ops
 
 from sparse_attn.bounds import Lists
 from sparse_attn.checks import check_tensor
 from sparse_attn.masking import at_least_lowest, is_not_masked
 from sparse_attn.patterns import Band, Grid, ask
-from sparse_attn.plan import axes_of, has_surplus
+from sparse_attn.plan import allowed_pair, axes_of, has_surplus
 from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import are_defined_everywhere, tensors_of
 from sparse_attn.stream import Mask, Mods
 from sparse_attn.terms import answers_all, period
-from sparse_attn.tracing import eagerly, most, take_along_last, trace_pairs
+from sparse_attn.tracing import known_size, most, take_along_last, trace_pairs
 
 
 @dataclass(frozen=True)
@@ -232,12 +231,16 @@ class Tiles:
             for tile, k_pos in zip(rows, columns, strict=True)
         ]
 
-    def mods(self):
-        """The `Mods` of the call, or `None`."""
+    def mods(self, pattern):
+        """The `Mods` of the call, or `None`; `pattern` is that of all its parts."""
         mods = self.given.mods
         if not mods:
             return None
-        example = (0, 0) if are_defined_everywhere(mods) else _example(self.part.pattern)
+        pair = (0, 0)
+        if not are_defined_everywhere(mods):
+            n, m = (known_size(x.size) for x in (self.queries, self.keys))
+            pair = allowed_pair(pattern, None if self.shifted else n, m)
+        example = *pair, self.given.heads[0]
         return Mods(mods, self._positions_for(mods), tensors_of(mods), example)
 
     def _positions_for(self, mods):
@@ -266,15 +269,6 @@ class Tiles:
         if self.given.restricts or not known or n > m:
             return False
         return answers_all(self.part.pattern) is True
-
-
-@functools.lru_cache(maxsize=256)
-def _example(pattern):
-    """Positions of a pair that a pattern allows, if there is one among the first."""
-    size = min(128, pattern.max_length or 128)
-    with eagerly():
-        pairs = np.argwhere(pattern._answer(np.arange(size), np.arange(size)))
-    return tuple(pairs[0].tolist()) if len(pairs) else (0, 0)
 
 
 def _as_it_is(mask):

@@ -423,11 +423,31 @@ def test_a_compiled_function_meets_allowed_pairs_only(pattern, xla):
     def by_root(scores, q_pos, k_pos, head):
         return scores * tf.sqrt(tf.cast(q_pos - k_pos, scores.dtype))
 
+    check_by_root(pattern, 29, xla, by_root)
+
+
+@pytest.mark.parametrize("n", [100, 200])
+@pytest.mark.parametrize("xla", [False, True], ids=["plain", "xla"])
+@pytest.mark.parametrize(
+    "pattern", [Causal() & ~Local(140), Random(200, 8, 12) & Causal() & ~Local(140)], ids=repr
+)
+def test_a_compiled_function_meets_allowed_pairs_only_where_the_first_positions_have_none(
+    pattern, xla, n
+):
+    """At the shorter length, which is not known before, there is none at all."""
+
+    def by_root(scores, q_pos, k_pos, head):
+        return scores * tf.sqrt(tf.cast(q_pos - k_pos - 141, scores.dtype))
+
+    check_by_root(pattern, n, xla, by_root, 141)
+
+
+def check_by_root(pattern, n, xla, by_root, least=0):
     function = compiled(pattern, None, xla, score_mod=by_root)
-    q, k, v = random_inputs(29, 29)
-    mask, out_grad = random_masks(29, 29)["key_mask"], np.ones((2, 29, 2, 3), FLOAT)
+    q, k, v = random_inputs(n, n)
+    mask, out_grad = random_masks(n, n)["key_mask"], np.ones((2, n, 2, 3), FLOAT)
     found = [to_numpy(x) for x in function(q, k, v, mask, out_grad)]
-    options = {"key_mask": mask, "score_mod": lambda s, q, k, h: s * np.sqrt(q - k)}
+    options = {"key_mask": mask, "score_mod": lambda s, q, k, h: s * np.sqrt(q - k - least)}
     _, lse = dense_attention(q, k, v, pattern, **options)
     out, lse, gradients = dense_attention(
         q, k, v, pattern, out_grad=out_grad, lse_grad=np.isfinite(lse).astype(float), **options

@@ -25,6 +25,7 @@ from sparse_attn import (
     Neighborhood,
     Pattern,
     Prefix,
+    Random,
     SparseTransformer,
     Strided,
     plan,
@@ -33,7 +34,7 @@ from sparse_attn.bounds import Lists, Select
 from sparse_attn.chosen import Chosen
 from sparse_attn.layouts import Gather, Halo, Nested, Stairs
 from sparse_attn.patterns import Ranges
-from sparse_attn.plan import bound, plan_at
+from sparse_attn.plan import allowed_pair, bound, plan_at
 from sparse_attn.terms import MAX_PARTS
 from sparse_attn.tiles import Given, Tiles
 from tests.cases import (
@@ -378,6 +379,65 @@ def test_a_predicate_of_keras_operations_is_asked_within_a_traced_function():
     model.compile(run_eagerly=False)
     assert model.predict(x, verbose=0).shape == x.shape
     assert plan(Table(), 64).share < 0.5
+
+
+FAR = [
+    Causal() & ~Local(5000),
+    Band(left=-5001),
+    ~Local(5000) & Atrous(7),
+    Global((5000,)) & Local(0),
+    Prefix(3) & ~Local(5000),
+    Causal() & ~Local(5000) & (Atrous(64) | Blocks(32)),
+    Random(2**13, 64, 20) & ~Local(5000),
+    BigBird(2**13, 64, 2) & Causal() & ~Local(5000),
+    Blocks(3) & Global((5001,)),
+    Axial((128, 64)) & ~Local(5000),
+    Near(9, (-500, 501)),
+    ~Near(5000),
+]
+
+
+@pytest.mark.parametrize("known", [(True, True), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("pattern", [*EXPRESSIONS, *LEAVES, *FAR], ids=repr)
+def test_a_pair_is_found_wherever_one_is_allowed(pattern, known):
+    n = 6000 if pattern in FAR else 29
+    sizes = [n if each else None for each in known]
+    pair = allowed_pair(pattern, *sizes)
+    some = pattern in FAR or pattern.mask(n).any()
+    assert pattern(*np.array(pair)) or (pair == (0, 0) and not some)
+    assert all(size is None or x < size for x, size in zip(pair, sizes, strict=True))
+
+
+@examples(200)
+@given(expressions, lengths, lengths)
+def test_a_pair_of_any_expression_is_found(pattern, n, m):
+    mask = pattern.mask(n, m)
+    q_pos, k_pos = allowed_pair(pattern, n, m)
+    assert mask[q_pos, k_pos] == mask.any()
+
+
+def test_a_pair_is_found_in_little_time_and_memory():
+    import tracemalloc
+
+    class Nothing(Pattern):
+        asked = 0
+
+        def __call__(self, q_pos, k_pos):
+            pairs = (q_pos == k_pos) & (q_pos != k_pos)
+            Nothing.asked += pairs.size
+            return pairs
+
+    assert allowed_pair(Causal() & ~Local(2**19), None, None) == (2**19 + 1, 0)
+    assert allowed_pair(Global((10**6,)) & Local(0), None, None) == (10**6, 10**6)
+    tracemalloc.start()
+    assert allowed_pair(Nothing(), None, None) == (0, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**25
+    assert Nothing.asked < 2**28
+    before = Nothing.asked
+    assert allowed_pair(Nothing() & Local(3), 2**15, 2**15) == (0, 0)
+    assert Nothing.asked < before + 2**24  # its mask has 2**30 pairs
 
 
 def test_lengths_that_a_pattern_cannot_relate():

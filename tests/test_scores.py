@@ -11,6 +11,8 @@ from keras import ops
 
 from sparse_attn import (
     ALiBi,
+    Atrous,
+    Axial,
     Band,
     BigBird,
     Blocks,
@@ -19,9 +21,11 @@ from sparse_attn import (
     Global,
     Local,
     Neighborhood,
+    Pattern,
     PerHead,
     PositionBias,
     Prefix,
+    Random,
     ScoreMod,
     SoftCap,
     Strided,
@@ -333,6 +337,165 @@ def test_a_trained_bias_meets_allowed_pairs_only(pattern, as_mod, max_score_byte
     for name, gradient in zip(("query", "key", "value"), found, strict=False):
         close(gradient, gradients[name], name)
     close(found[3], [(gradients["bias"] * logs).sum()], "factors")
+
+
+@dataclasses.dataclass
+class Powers(PositionBias):
+    """A trained factor of `1 / |q - k|`, that is infinite where a query attends to itself."""
+
+    factors: object
+
+    @property
+    def tensors(self):
+        return (self.factors,)
+
+    def bias(self, q_pos, k_pos, head, factors):
+        return factors[0] / ops.cast(ops.abs(q_pos - k_pos), factors.dtype)
+
+
+class Times(ScoreMod):
+    """Scores times what a `PositionBias` would add."""
+
+    def __init__(self, bias):
+        self.bias, self.tensors = bias, bias.tensors
+
+    def modify(self, scores, *where):
+        return scores * self.bias.bias(*where)
+
+
+def by_factor(q, k, v, pattern, times_scores, masks, out_grad):
+    """What `Powers` of a factor of 1, or `Times` it, should give: `out` and all gradients."""
+    pairs = (len(q), q.shape[2], q.shape[1], k.shape[1])
+    first = masks.get("query_positions", 0)
+    rows = first + np.arange(pairs[2]) if np.ndim(first) == 0 else np.asarray(first)
+    far = 1 / np.maximum(np.abs(rows[:, None] - np.arange(pairs[3])), 1)
+    mod, bias = (lambda s, q, k, h: s / np.abs(q - k)), np.zeros(pairs)
+    if not times_scores:
+        mod, bias = None, np.broadcast_to(far, pairs)
+    options = {**masks, "score_mod": mod, "bias": bias, "out_grad": out_grad}
+    out, _, found = dense_attention(q, k, v, pattern, **options)
+    scores = np.einsum("bihd,bjhd->bhij", q, k) / 2 if times_scores else 1
+    by_table = (found["bias"] * far * scores).sum()
+    return out, [found["query"], found["key"], found["value"], [by_table]]
+
+
+def check_factor(pattern, n, m, given_as, max_score_bytes, **masks):
+    """A pattern under which no query may attend to itself, by all values and gradients."""
+    q, k, v = random_inputs(n, m)
+    out_grad = np.random.default_rng(3).normal(size=(2, n, 2, 3)).astype(FLOAT)
+
+    def function(q, k, v, factors):
+        mod = {
+            "bias": Powers(factors),
+            "mod": Times(Powers(factors)),
+            "chain": [Modifies(lambda s, *_: s), Powers(factors)],
+            "function": lambda s, *where: Times(Powers(factors)).modify(s, *where, factors),
+        }[given_as]
+        options = {"max_score_bytes": max_score_bytes, **masks}
+        return [sparse_attention(q, k, v, pattern, score_mod=mod, **options)]
+
+    (out,), found = outputs_and_gradients(function, [q, k, v, np.ones(1, FLOAT)], [out_grad])
+    times_scores = given_as in ("mod", "function")
+    expected, gradients = by_factor(q, k, v, pattern, times_scores, masks, out_grad)
+    close(out, expected, "out")
+    for name, x, y in zip(("query", "key", "value", "factors"), found, gradients, strict=True):
+        close(x, y, f"gradient by {name}")
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Before(Pattern):
+    """Of a user: nothing is known of it but the predicate, which allows nothing at first."""
+
+    def __call__(self, q_pos, k_pos):
+        return q_pos - k_pos > 140
+
+
+FAR = [  # nothing among the first 128 positions
+    Causal() & ~Local(140),
+    Band(left=-141),
+    (Causal() & ~Local(130)) & Global((5, 190)),
+    Atrous(3) & Causal() & ~Local(150),
+    Random(200, 8, 12) & ~Local(140),
+    Axial((20, 10)) & Causal() & ~Local(150),
+    Before(),
+    PerHead([Causal() & ~Local(140), Band(None, -1)]),
+]
+each_way = pytest.mark.parametrize("given_as", ["bias", "mod", "chain", "function"])
+
+
+@each_way
+@pytest.mark.parametrize("pattern", FAR, ids=repr)
+@kept_or_not
+def test_a_pattern_may_allow_nothing_among_the_first_positions(
+    pattern, given_as, max_score_bytes, monkeypatch
+):
+    monkeypatch.setattr(stream, "PIECE_BYTES", 2**15)  # some pieces have no pair
+    key_mask = np.arange(200) < np.array([[190], [0]])  # nothing at all in one sequence
+    check_factor(pattern, 200, 200, given_as, max_score_bytes, key_mask=key_mask)
+
+
+@each_way
+@pytest.mark.parametrize("positions", [0, 195, np.array([3, 150, 7, 199])], ids=str)
+@pytest.mark.parametrize("pattern", [FAR[0], FAR[-1]], ids=repr)
+def test_queries_at_other_positions_meet_allowed_pairs_only(pattern, positions, given_as):
+    """At the first of them nothing is allowed at all."""
+    n = np.size(positions) if np.ndim(positions) else 4
+    check_factor(pattern, n, 200, given_as, 2**30, query_positions=positions)
+
+
+@each_way
+@kept_or_not
+def test_pairs_that_masks_forbid_are_met_by_nothing(given_as, max_score_bytes):
+    """The pattern allows every pair: what may be evaluated, the masks alone say."""
+    n = 29
+    masks = {
+        "attention_mask": np.broadcast_to(np.tri(n, k=-1, dtype=bool), (2, 1, n, n)),
+        "key_mask": np.arange(n) < np.array([[20], [0]]),  # nothing at all in one sequence
+    }
+    check_factor(Full(), n, n, given_as, max_score_bytes, **masks)
+
+
+@pytest.mark.parametrize("given_as", ["bias", "mod", "chain"])
+@kept_or_not
+def test_nothing_is_met_where_no_pair_is_allowed(given_as, max_score_bytes):
+    masks = {"attention_mask": np.zeros((2, 1, 29, 29), bool)}
+    check_factor(Full(), 29, 29, given_as, max_score_bytes, **masks)
+
+
+class Directions(Powers):
+    """A trained factor of logarithms: of keys before a query in head 0, after it in head 1."""
+
+    def bias(self, q_pos, k_pos, head, factors):
+        ahead = ops.where(head == 0, q_pos - k_pos, k_pos - q_pos)
+        return factors[0] * ops.log(ops.cast(ahead, factors.dtype))
+
+
+@pytest.mark.parametrize("as_bias", [True, False])
+@kept_or_not
+def test_a_head_meets_its_own_allowed_pairs_only(as_bias, max_score_bytes):
+    n = 29
+    q, k, v = random_inputs(n, n)
+    out_grad = np.random.default_rng(3).normal(size=(2, n, 2, 3)).astype(FLOAT)
+    before = np.tri(n, k=-1, dtype=bool)
+    mask = np.stack([before, before.T])[None]
+
+    def function(q, k, v, factors):
+        mod = Directions(factors) if as_bias else Times(Directions(factors))
+        options = {"score_mod": mod, "max_score_bytes": max_score_bytes}
+        return [sparse_attention(q, k, v, Full(), attention_mask=mask, **options)]
+
+    (out,), found = outputs_and_gradients(function, [q, k, v, np.ones(1, FLOAT)], [out_grad])
+    logs = np.log(np.maximum(np.abs(np.arange(n)[:, None] - np.arange(n)), 1))
+    scores = 1 if as_bias else np.einsum("bihd,bjhd->bhij", q, k) / 2
+    options = {"attention_mask": mask, "out_grad": out_grad}
+    bias = np.broadcast_to(logs, (2, 2, n, n))
+    if not as_bias:
+        bias, options["score_mod"] = 0 * bias, lambda s, q, k, h: s * np.log(np.abs(q - k))
+    expected, _, gradients = dense_attention(q, k, v, Full(), bias=bias, **options)
+    close(out, expected, "out")
+    for name, gradient in zip(("query", "key", "value"), found, strict=False):
+        close(gradient, gradients[name], name)
+    close(found[3], [(gradients["bias"] * logs * scores).sum()], "factors")
 
 
 def forbid(scores, q_pos, k_pos, head):
