@@ -16,7 +16,16 @@ from keras import layers
 from sparse_attn import Causal, Local, PerHead, Strided, __version__, parse_pattern, plan
 from sparse_attn.layers import TransformerBlock
 from sparse_attn.show import add_show
-from sparse_attn.terminal import draw, output_file, positive_int, printable, quiet_ends, say, wrap
+from sparse_attn.terminal import (
+    draw,
+    output_file,
+    parse,
+    positive_int,
+    printable,
+    quiet_ends,
+    say,
+    wrap,
+)
 from sparse_attn.training import Progress, read_text, save_model, unigram_entropy, windows
 
 WIDTH, HEADS, BLOCKS = 128, 4, 4
@@ -33,7 +42,7 @@ def main(argv=None):
     add_train(commands)
     add_show(commands)
     with quiet_ends():
-        options = parser.parse_args(argv)
+        options = parse(parser, commands.choices, argv)
         return options.run(options)
 
 
@@ -78,7 +87,7 @@ def train(options):
     before = bits_per_byte(model, *test)
     weights = f"{model.count_params():,} weights"
     say(wrap(f"\nTraining {weights}, {steps} steps of {length:,} bytes:", 2))
-    with Progress(steps) as progress:
+    with Progress(steps, options.save) as progress:
         data = windows(text, steps, length)
         model.fit(*data, batch_size=1, shuffle=False, verbose=0, callbacks=[progress])
     status = save_model(model, options.save, progress)

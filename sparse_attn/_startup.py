@@ -56,7 +56,7 @@ def _filter_notes():
     os.dup2(write, 2)
     os.close(read)
     os.close(write)
-    sys.stderr = open(  # noqa: SIM115 - it is open to the end
+    sys.stderr = sys.__stderr__ = open(  # noqa: SIM115 - it is open to the end
         stderr, "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors
     )
 

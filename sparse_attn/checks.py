@@ -3,6 +3,7 @@
 A message names the argument, says what it must be, and shows what came.
 """
 
+import difflib
 import inspect
 import math
 import numbers
@@ -15,6 +16,13 @@ _INTS = {None: "an int", 0: "a non-negative int", 1: "a positive int"}
 def received(name, requirement, value):
     """The one form of every message."""
     return f"`{name}` must be {requirement}. Received: {name}={value!r}"
+
+
+def closest(name, names):
+    """The one of some names that was probably meant by another, or `None`."""
+    names = {each.lower(): each for each in names}
+    found = difflib.get_close_matches(name.lower(), names, n=1)
+    return names[found[0]] if found else None
 
 
 def check_int(name, value, minimum=None):

@@ -1,10 +1,11 @@
 """Patterns read from text, such as a command line's, without running any of it."""
 
 import ast
-import difflib
 import inspect
+import operator
 
 from sparse_attn import patterns, recipes
+from sparse_attn.checks import closest
 
 
 def kinds():
@@ -20,7 +21,7 @@ def kinds():
 
 _NAMES = kinds()
 MOST = 1024  # patterns in a list
-_OPERATORS = {ast.BitAnd: patterns.And, ast.BitOr: patterns.Or}
+_OPERATORS = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
 
 
 def parse_pattern(text):
@@ -113,10 +114,8 @@ def _form(kind):
 
 def _similar(name):
     """The patterns that may be meant by a name that is none of theirs."""
-    names = {each.lower(): each for each in _NAMES}
-    found = difflib.get_close_matches(name.lower(), names, n=1)
-    if found:
-        return f"Did you mean {names[found[0]]}?"
+    if found := closest(name, _NAMES):
+        return f"Did you mean {found}?"
     return f"There are {', '.join(sorted(_NAMES))}."
 
 

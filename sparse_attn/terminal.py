@@ -3,17 +3,20 @@
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
 import textwrap
 from pathlib import Path
 
+from sparse_attn.checks import closest
 from sparse_attn.pictures import ASCII_SHADES, SHADES
 
 __all__ = [
     "draw",
     "output_file",
+    "parse",
     "positive_int",
     "printable",
     "quiet_ends",
@@ -25,6 +28,31 @@ __all__ = [
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell tells of a tool that ends by these signals
 GAP = 4  # between pictures
 LEAST, MOST = 32, 48  # characters across a picture, where pictures stand side by side
+
+
+def parse(parser, commands, argv):
+    """The options of a command line; an error says what was probably meant.
+
+    Args:
+        parser: an `ArgumentParser` with commands.
+        commands: their parsers by name.
+        argv: a list of str.
+    """
+    command = argv[0]
+    if command not in commands and not command.startswith("-"):
+        meant = f"show '{command}'" if "(" in command else closest(command, commands)
+        requirement = f"must be {' or '.join(commands)}.{_did_you_mean(meant)}"
+        parser.error(f"argument COMMAND: {requirement} Received: {command}")
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser = commands[command]
+        meant = closest(unknown[0].split("=")[0], re.findall(r"--[\w-]+", parser.format_usage()))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{_did_you_mean(meant)}")
+    return options
+
+
+def _did_you_mean(name):
+    return f" Did you mean {name}?" if name else ""
 
 
 def positive_int(text):
@@ -130,9 +158,8 @@ def wrap(text, indent=0):
 
 
 def say(text="", end="\n"):
-    """Print text; characters that the encoding of the output has not are told by numbers."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    """Print text; characters that the encoding of the output lacks are shown by their numbers."""
+    text = text.encode(_encoding(), "backslashreplace").decode(_encoding())
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
@@ -140,6 +167,13 @@ def say(text="", end="\n"):
     except OSError as error:
         _let_go_of_output()
         sys.exit(f"The output cannot be written: {error.strerror}")
+
+
+def _encoding():
+    """The encoding of the output; where the locale is the plain one, Python may take another."""
+    if os.environ.get("LC_ALL") in ("C", "POSIX") and "PYTHONIOENCODING" not in os.environ:
+        return "ascii"
+    return getattr(sys.stdout, "encoding", None) or "ascii"
 
 
 def printable(text):
@@ -151,10 +185,8 @@ def printable(text):
 
 def shades():
     """Characters for pictures that the output shows: those of ASCII where it has no others."""
-    if os.environ.get("LC_ALL") in ("C", "POSIX") and "PYTHONIOENCODING" not in os.environ:
-        return ASCII_SHADES
     try:
-        SHADES.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+        SHADES.encode(_encoding())
     except UnicodeEncodeError:
         return ASCII_SHADES
     return SHADES

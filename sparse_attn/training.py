@@ -109,18 +109,22 @@ def unigram_entropy(data):
 
 
 class Progress(keras.callbacks.Callback):
-    """Tells how far training is, and stops it at Ctrl-C, after the step at work.
+    """Says how far training is, and stops it at Ctrl-C, after the current step.
 
     A second Ctrl-C raises `KeyboardInterrupt` at once.
 
-    Attributes:
+    Args:
         steps: how many steps there are.
-        done: how many are done.
+        path: where the model is saved if the reader of the output is gone, a `Path`, or `None`.
+
+    Attributes:
+        done: how many steps are done.
+        is_stopped: whether Ctrl-C stopped it.
     """
 
-    def __init__(self, steps):
+    def __init__(self, steps, path=None):
         super().__init__()
-        self.steps, self.done, self.is_stopped = steps, 0, False
+        self.steps, self.path, self.done, self.is_stopped = steps, path, 0, False
         self._is_terminal = sys.stdout is not None and sys.stdout.isatty()
         self._told = 0.0
 
@@ -128,17 +132,21 @@ class Progress(keras.callbacks.Callback):
         self._start, self._handler = time.monotonic(), signal.signal(signal.SIGINT, self._stop)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         signal.signal(signal.SIGINT, self._handler)
-        if self._is_terminal:
+        if kind is BrokenPipeError:
+            if self.path is not None:
+                write_whole(self.path, self.model.save)
+        elif self._is_terminal:
             say()
 
     def _stop(self, *_):
         if self.is_stopped:
             raise KeyboardInterrupt
         self.is_stopped = True
-        # Not by `print`, which this may have interrupted.
-        os.write(2, b"\nStopping after this step. Ctrl-C once more stops at once.\n")
+        if sys.__stderr__ is not None:  # not by `print`, which this may have interrupted
+            told = b"\nStopping after this step. Ctrl-C once more stops at once.\n"
+            os.write(sys.__stderr__.fileno(), told)
 
     def on_train_batch_end(self, batch, logs=None):
         self.done = batch + 1

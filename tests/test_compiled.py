@@ -389,6 +389,31 @@ def test_keys_beyond_the_end_are_no_pairs_of_a_mask(pattern, given_as):
         close(to_numpy(function(q, k, v, table)), expected, f"n = {n}")
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (1, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [Local(3), Strided(4), Axial((8, 8)), Fixed(8), Causal() & (Strided(4) | Prefix(20))],
+    ids=repr,
+)
+def test_the_gradient_by_a_bias_has_its_shape_where_batch_and_length_are_unknown(pattern, shape):
+    specs = [tf.TensorSpec((None, None, 2, 4), FLOAT)] * 3
+    specs += [tf.TensorSpec((*shape, None, None), FLOAT)]
+
+    @tf.function(input_signature=specs)
+    def function(q, k, v, bias):
+        with tf.GradientTape() as tape:
+            tape.watch(bias)
+            out = sparse_attention(q, k, v, pattern, bias=bias)
+        return tape.gradient(out, bias)
+
+    for n in (10, 17):
+        q, k, v = random_inputs(n, n, e=4)
+        bias = np.random.default_rng(1).normal(size=(*shape, n, n)).astype(FLOAT)
+        _, _, expected = dense_attention(q, k, v, pattern, bias=bias, out_grad=np.ones_like(q))
+        found = to_numpy(function(q, k, v, bias))
+        close(found, expected["bias"], f"gradient of {pattern!r} by bias at n = {n}")
+
+
 @pytest.mark.parametrize(
     "pattern", [Local(3), Neighborhood((6, 2), 1), Random(12, 2, 2), Atrous(3)], ids=repr
 )

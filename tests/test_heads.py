@@ -125,6 +125,8 @@ def test_config_text_and_algebra():
     assert PerHead.from_config(json.loads(json.dumps(pattern.get_config()))) == pattern
     assert parse_pattern("PerHead([Local(2)] * 1 + [Causal()])") == pattern
     assert parse_pattern(repr(pattern)) == pattern
+    text = "Causal() & (PerHead([Local(2), Causal()]) | Local(1))"
+    assert parse_pattern(text) == Causal() & (PerHead([Local(2), Causal()]) | Local(1))
     assert pattern | Global(1) == PerHead([Local(2) | Global(1), Causal() | Global(1)])
     assert ~pattern == PerHead([~Local(2), ~Causal()])
     assert pattern & pattern == PerHead([Local(2) & Local(2), Causal() & Causal()])

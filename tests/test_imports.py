@@ -12,7 +12,7 @@ ROOT = Path(sparse_attn.__file__).parent
 # What each module of the package may import, of the package and of elsewhere.
 ALLOWED = {
     "_startup": {"os", "pathlib", "re", "signal", "sys"},
-    "checks": {"inspect", "math", "numbers", "operator"},
+    "checks": {"difflib", "inspect", "math", "numbers", "operator"},
     "tensors": {"keras", "numpy", "checks", "tracing"},
     "reshaping": {"collections", "dataclasses", "functools", "operator", "einops", "keras"}
     | {"tracing"},
@@ -29,7 +29,7 @@ ALLOWED = {
     }
     | {"pictures"},
     "recipes": {"abc", "checks", "patterns"},
-    "expressions": {"ast", "difflib", "inspect", "patterns", "recipes"},
+    "expressions": {"ast", "inspect", "operator", "checks", "patterns", "recipes"},
     "layouts": {"functools", "itertools", "math", "dataclasses", "typing", "numpy", "reshaping"}
     | {"checks", "keras", "tracing"},
     "masking": {"functools", "keras", "reshaping", "checks", "tensors"},
@@ -48,8 +48,8 @@ ALLOWED = {
     | {"reshaping", "attend", "layouts", "masking", "scores", "tracing"},
     "plots": {"textwrap", "numpy", "checks", "costs", "patterns", "pictures", "plan"},
     "show": {"argparse", "parse_pattern", "patterns", "plan", "terminal"},
-    "terminal": {"argparse", "contextlib", "os", "pathlib", "shutil", "signal", "sys", "textwrap"}
-    | {"pictures"},
+    "terminal": {"argparse", "contextlib", "os", "pathlib", "re", "shutil", "signal", "sys"}
+    | {"textwrap", "checks", "pictures"},
     "training": {"os", "pathlib", "signal", "sys", "sysconfig", "tempfile", "time", "keras"}
     | {"numpy", "terminal"},
     "scores": {"abc", "dataclasses", "functools", "keras", "numpy", "checks", "masking"}

@@ -99,6 +99,23 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path, regular_text):
     assert loaded(np.zeros((1, 128), "int32")).shape == (1, 128, 256)
 
 
+def test_a_reader_that_is_gone_ends_training_and_its_model_is_kept(tmp_path, regular_text):
+    model = tmp_path / "model.keras"
+    arguments = ["--text", regular_text, "--steps", "40", "--length", "128", "--save", model]
+    with subprocess.Popen(  # noqa: S603
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as job:
+        assert any(line.startswith("1/40, loss") for line in iter(job.stdout.readline, ""))
+        job.stdout.close()
+        assert job.stderr.read() == ""
+    assert job.returncode == 141
+    assert keras.saving.load_model(model)(np.zeros((1, 128), "int32")).shape == (1, 128, 256)
+
+
 def test_a_reader_that_is_gone_ends_it_quietly():
     with subprocess.Popen(  # noqa: S603
         [*COMMAND, "show", "Causal()"],
@@ -184,6 +201,9 @@ def test_the_plain_locale_has_plain_shades(monkeypatch):
     for locale, shades in (("C", " .:+#"), ("C.UTF-8", " ░▒▓█")):
         monkeypatch.setenv("LC_ALL", locale)
         assert terminal.shades() == shades
+        terminal.say("\ufffd")
+        told = sys.stdout.buffer.getvalue().decode().splitlines()[-1]
+        assert told == ("\\ufffd" if locale == "C" else "\ufffd")
 
 
 def test_a_sample_does_nothing_to_a_terminal():
@@ -351,7 +371,11 @@ def test_all_but_notes_is_passed_on_even_if_the_writer_dies_within_a_line(tmp_pa
         (["--steps", "0"], "argument --steps: must be a positive int. Received: 0"),
         (["--length", "1.5"], "argument --length: must be a positive int. Received: 1.5"),
         (["train", "--steps", "x"], "argument --steps: must be a positive int. Received: x"),
-        (["tain"], "invalid choice: 'tain' (choose from"),
+        (["tain"], "COMMAND: must be train or show. Did you mean train? Received: tain"),
+        (["Local(3)"], "Did you mean show 'Local(3)'? Received: Local(3)"),
+        (["zzz"], "argument COMMAND: must be train or show. Received: zzz"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz 3. Did you mean --steps?"),
+        (["train", "--zzz=3"], "unrecognized arguments: --zzz=3.\n"),
         (["--pattern", "Local(-1)"], "`window` must be a non-negative int"),
         (["--pattern", "print(1)"], "Received: print(1)"),
         (["--pattern", "local(4)"], "argument --pattern: There is no pattern local. Did you mean"),
@@ -434,6 +458,7 @@ def test_show_tells_of_each_pattern_of_a_per_head(default_costs):
         (["Local(window=1, window=2)"], "a keyword is repeated"),
         (["&".join(f"Local({i})" for i in range(900))], "`text` must be a pattern"),
         ([], "the following arguments are required: pattern"),
+        (["Local(3)", "--lenth=9"], "unrecognized arguments: --lenth=9. Did you mean --length?"),
     ],
 )
 def test_wrong_arguments_of_show(arguments, message, refusal, tmp_path):
