@@ -450,15 +450,13 @@ class Stairs:
         return self._split(x, [(step.k0, step.k1) for step in self.steps])
 
     def _split(self, x, ranges):
-        sizes = {"h": x.shape[2], "r": self.rate}
-        if isinstance(x.shape[0], int):  # it stays known: a bias is summed along axes of size 1
-            sizes["b"] = x.shape[0]
+        heads = x.shape[2]
         x = crop(x, 0, _blocks(size_of(x, 1), self.rate) * self.rate)
         x = rearrange(x, "b (u r) h d -> (b h r) u d", r=self.rate)
         rows = size_of(x, 1)
         ends = [rows if end is None else least(end, rows) for _, end in ranges]
         tiles = [crop(x, start, end - start) for (start, _), end in zip(ranges, ends, strict=True)]
-        return [rearrange(x, "(b h r) i d -> b h r i d", **sizes) for x in tiles]
+        return [rearrange(x, "(b h r) i d -> b h r i d", h=heads, r=self.rate) for x in tiles]
 
     def sum_keys(self, tiles, n, m):
         rows = [rearrange(x, "b h r j d -> b (j r) h d") for x in tiles]
