@@ -1,5 +1,6 @@
 """What every layer of the package is: one that names an input which it cannot take."""
 
+import functools
 import inspect
 import sys
 import warnings
@@ -42,4 +43,10 @@ class BaseLayer(keras.layers.Layer):
 
     def _is_input(self, name, positional):
         """Whether an argument must be a tensor: `build` gets its shape, or it came by position."""
-        return name in positional or f"{name}_shape" in inspect.signature(self.build).parameters
+        return name in positional or f"{name}_shape" in _shapes_of(type(self))
+
+
+@functools.cache
+def _shapes_of(kind):
+    """The shapes that the `build` of a class of layers gets, by their names."""
+    return frozenset(inspect.signature(kind.build).parameters)
