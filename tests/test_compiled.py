@@ -16,6 +16,7 @@ from sparse_attn import (
     Global,
     Local,
     Neighborhood,
+    PositionBias,
     Prefix,
     Random,
     Strided,
@@ -424,7 +425,14 @@ def test_a_compiled_function_meets_allowed_pairs_only(pattern, xla):
     def by_root(scores, q_pos, k_pos, head):
         return scores * tf.sqrt(tf.cast(q_pos - k_pos, scores.dtype))
 
-    check_by_root(pattern, 29, xla, by_root)
+    check_modified(pattern, 29, xla, by_root, lambda s, q, k, h: s * np.sqrt(q - k))
+
+
+class FarLogarithms(PositionBias):
+    """What has a meaning only where a key is more than 140 positions before the query."""
+
+    def bias(self, q_pos, k_pos, head):
+        return tf.math.log(tf.cast(q_pos - k_pos - 140, FLOAT))
 
 
 @pytest.mark.parametrize("n", [100, 200])
@@ -432,23 +440,21 @@ def test_a_compiled_function_meets_allowed_pairs_only(pattern, xla):
 @pytest.mark.parametrize(
     "pattern", [Causal() & ~Local(140), Random(200, 8, 12) & Causal() & ~Local(140)], ids=repr
 )
-def test_a_compiled_function_meets_allowed_pairs_only_where_the_first_positions_have_none(
+def test_a_compiled_bias_meets_allowed_pairs_only_where_the_first_positions_have_none(
     pattern, xla, n
 ):
     """At the shorter length, which is not known before, there is none at all."""
-
-    def by_root(scores, q_pos, k_pos, head):
-        return scores * tf.sqrt(tf.cast(q_pos - k_pos - 141, scores.dtype))
-
-    check_by_root(pattern, n, xla, by_root, 141)
+    mod = FarLogarithms()
+    check_modified(pattern, n, xla, mod, lambda s, q, k, h: s + np.log(q - k - 140))
 
 
-def check_by_root(pattern, n, xla, by_root, least=0):
-    function = compiled(pattern, None, xla, score_mod=by_root)
+def check_modified(pattern, n, xla, mod, expected):
+    """`expected` is the same of numpy as `mod`."""
+    function = compiled(pattern, None, xla, score_mod=mod)
     q, k, v = random_inputs(n, n)
     mask, out_grad = random_masks(n, n)["key_mask"], np.ones((2, n, 2, 3), FLOAT)
     found = [to_numpy(x) for x in function(q, k, v, mask, out_grad)]
-    options = {"key_mask": mask, "score_mod": lambda s, q, k, h: s * np.sqrt(q - k - least)}
+    options = {"key_mask": mask, "score_mod": expected}
     _, lse = dense_attention(q, k, v, pattern, **options)
     out, lse, gradients = dense_attention(
         q, k, v, pattern, out_grad=out_grad, lse_grad=np.isfinite(lse).astype(float), **options
