@@ -36,9 +36,9 @@ class BaseLayer(keras.layers.Layer):
     def __call__(self, *args, **kwargs):
         positional = dict(zip(self._call_signature.parameters, args, strict=False))
         for name, x in {**positional, **kwargs}.items():
+            check_dense(name, x)
             if not (x is None or hasattr(x, "shape")) and self._is_input(name, positional):
                 to_array(name, x)
-            check_dense(name, x)
         return super().__call__(*args, **kwargs)
 
     def _is_input(self, name, positional):
