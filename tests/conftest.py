@@ -2,6 +2,7 @@
 
 import collections
 import importlib
+import random
 
 import keras
 import pytest
@@ -13,8 +14,9 @@ COSTS = {
     (terms, "PART_PAIRS"): 0,
     (plan.blocks, "SIZES"): (2, 4),  # of blocks that are looked for
 }
-ON_JAX = keras.backend.backend() == "jax"
-CASES_ON_JAX = 5
+BACKEND = keras.backend.backend()
+ON_JAX = BACKEND == "jax"
+CASES = {"tensorflow": 5, "jax": 3, "torch": 5}[BACKEND]  # JAX compiles for each shape
 DEFAULTS = {(module, name): getattr(module, name) for module, name in COSTS}
 
 
@@ -54,22 +56,24 @@ def _compiled_for_one_module():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-cases", action="store_true", help="all cases of each test, on JAX too")
+    parser.addoption("--all-cases", action="store_true", help="all cases of each test, not a few")
     parser.addoption("--cases", type=int, help="how many random calls the campaign makes")
     parser.addoption("--case", type=int, help="the number of the only one that it makes")
     parser.addoption("--campaign-seed", type=int, default=0, help="the seed of its random calls")
 
 
+@pytest.hookimpl(trylast=True)  # after `-k` has chosen
 def pytest_collection_modifyitems(config, items):
-    """On JAX a few cases of each test stand for all: it compiles each operation for each shape."""
-    if not ON_JAX or config.getoption("--all-cases"):
+    """Of each test a few cases are run, drawn once and for all, unless `--all-cases` is given."""
+    if config.getoption("--all-cases"):
         return
     cases = collections.defaultdict(list)
     for item in items:
         # The campaign has its own number of cases, which it compiles in groups.
         whole = item.path.stem == "test_campaign"
         cases[item.nodeid if whole else item.nodeid.partition("[")[0]].append(item)
-    kept = [item for each in cases.values() for item in each[:: -(-len(each) // CASES_ON_JAX)]]
-    left_out = set(items).difference(kept)
-    config.hook.pytest_deselected(items=list(left_out))
-    items[:] = kept
+    kept = set()
+    for name, each in cases.items():
+        kept.update(random.Random(name).sample(each, min(CASES, len(each))))  # noqa: S311
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]

@@ -14,7 +14,7 @@ from tests.campaign.breaks import BREAKS, broken
 from tests.campaign.cases import BACKEND, GROUP, case, tensors
 from tests.campaign.run import failure, forget
 
-GROUPS = {"tensorflow": 60, "jax": 60, "torch": 100}[BACKEND]
+GROUPS = {"tensorflow": 50, "jax": 50, "torch": 75}[BACKEND]
 OF_EACH = 4  # cases of a group
 
 
