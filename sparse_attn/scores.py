@@ -16,7 +16,7 @@ from keras import ops
 
 from sparse_attn.checks import check_int, check_positive, received, takes
 from sparse_attn.masking import at_least_lowest, is_not_masked
-from sparse_attn.tracing import gather
+from sparse_attn.tracing import any_of, gather
 
 
 def saved(cls):
@@ -298,7 +298,7 @@ def linked_if_any(tensors, allowed):
     """Tensors to which no gradient leads where no pair is allowed; see `apply_mods`."""
     if allowed is None or not tensors:
         return tensors
-    some = ops.any(allowed)
+    some = any_of(allowed)
     return tuple(ops.where(some, x, ops.stop_gradient(x)) for x in tensors)
 
 

@@ -496,9 +496,14 @@ def both_true(x, y):
     return found
 
 
+def any_of(flags):
+    """`ops.any` of a whole bool tensor, in operations that PyTorch can export to ONNX."""
+    return ops.sum(ops.cast(flags, "int32")) > 0
+
+
 def all_of(flags):
-    """`ops.all` of a bool tensor, in operations that PyTorch can export to ONNX."""
-    return ops.sum(ops.cast(ops.logical_not(flags), "int32")) == 0
+    """`ops.all` of a whole bool tensor, likewise."""
+    return ops.logical_not(any_of(ops.logical_not(flags)))
 
 
 def require(x, condition, told):

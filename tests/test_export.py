@@ -7,9 +7,11 @@ import sys
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from sparse_attn import (
     Atrous,
+    Band,
     BigBird,
     Causal,
     Fixed,
@@ -19,6 +21,7 @@ from sparse_attn import (
     Longformer,
     Neighborhood,
     PerHead,
+    PositionBias,
     Prefix,
     SoftCap,
     Strided,
@@ -41,9 +44,9 @@ class ByPairs(SelfAttention):
     """A mask of pairs that is different for each head."""
 
     def call(self, x, mask=None):
-        heads = keras.ops.reshape(x, (*keras.ops.shape(x)[:2], 2, 4))[..., 0]
-        heads = keras.ops.transpose(heads, (0, 2, 1))
-        pairs = keras.ops.expand_dims(heads, 3) > keras.ops.expand_dims(heads, 2)
+        heads = ops.reshape(x, (*ops.shape(x)[:2], 2, 4))[..., 0]
+        heads = ops.transpose(heads, (0, 2, 1))
+        pairs = ops.expand_dims(heads, 3) > ops.expand_dims(heads, 2)
         return super().call(x, mask=mask, attention_mask=pairs)
 
 
@@ -169,6 +172,26 @@ def test_onnx_in_its_own_runtime(name, tmp_path):
     run = as_onnx(model, str(tmp_path / "model.onnx"))
     for n, b in SIZES:
         np.testing.assert_allclose(run(inputs(n, b)), to_numpy(model(inputs(n, b))), atol=1e-4)
+
+
+class Inverse(PositionBias):
+    """A factor of `1 / (q - k)`, which is not defined where a query attends to itself."""
+
+    def __init__(self):
+        self.tensors = (keras.Variable([2.0], trainable=False),)
+
+    def bias(self, q_pos, k_pos, head, factor):
+        return factor / ops.cast(q_pos - k_pos, factor.dtype)
+
+
+@no_names
+def test_onnx_has_a_bias_that_is_defined_at_allowed_pairs_only(tmp_path):
+    x = keras.Input((None, 8))
+    model = keras.Model(x, SelfAttention(2, 4, Band(5, -1), score_mod=Inverse())(x))
+    given = np.random.default_rng(0).normal(size=(2, 16, 8)).astype("float32")
+    expected = to_numpy(model(given))
+    run = as_onnx(model, str(tmp_path / "model.onnx"))
+    np.testing.assert_allclose(run(given), expected, atol=1e-4)
 
 
 @no_names

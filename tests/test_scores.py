@@ -300,14 +300,18 @@ def test_a_function_meets_allowed_pairs_only(pattern, function, as_mod, max_scor
 
 
 @dataclasses.dataclass
-class Logarithms(PositionBias):
-    """A trained factor of the logarithm of the distance: a query may not attend to itself."""
+class Trained(PositionBias):
+    """A bias with a trained factor."""
 
     factors: object
 
     @property
     def tensors(self):
         return (self.factors,)
+
+
+class Logarithms(Trained):
+    """A trained factor of the logarithm of the distance: a query may not attend to itself."""
 
     def bias(self, q_pos, k_pos, head, factors):
         return factors[0] * ops.log(ops.cast(q_pos - k_pos, factors.dtype))
@@ -339,15 +343,8 @@ def test_a_trained_bias_meets_allowed_pairs_only(pattern, as_mod, max_score_byte
     close(found[3], [(gradients["bias"] * logs).sum()], "factors")
 
 
-@dataclasses.dataclass
-class Powers(PositionBias):
+class Powers(Trained):
     """A trained factor of `1 / |q - k|`, that is infinite where a query attends to itself."""
-
-    factors: object
-
-    @property
-    def tensors(self):
-        return (self.factors,)
 
     def bias(self, q_pos, k_pos, head, factors):
         return factors[0] / ops.cast(ops.abs(q_pos - k_pos), factors.dtype)
@@ -462,7 +459,7 @@ def test_nothing_is_met_where_no_pair_is_allowed(given_as, max_score_bytes):
     check_factor(Full(), 29, 29, given_as, max_score_bytes, **masks)
 
 
-class Directions(Powers):
+class Directions(Trained):
     """A trained factor of logarithms: of keys before a query in head 0, after it in head 1."""
 
     def bias(self, q_pos, k_pos, head, factors):

@@ -220,7 +220,7 @@ class TransformerBlock(HasPolicies, BaseLayer):
         segment_ids=None,
         training=None,
     ):
-        *masks, attention_mask, conditions = self._read(
+        *masks, attention_mask, segment_ids, conditions = self._read(
             inputs, mask, inputs_mask, attention_mask, segment_ids
         )
         mask = both(*masks)
@@ -248,7 +248,7 @@ class TransformerBlock(HasPolicies, BaseLayer):
         return x
 
     def _read(self, inputs, mask, inputs_mask, attention_mask, segment_ids):
-        """The three masks as bools, of numbers or symbols, and conditions: see `are_flags`.
+        """The masks as bools, the segments, of numbers or symbols, and conditions: see `are_flags`.
 
         Its attention would refuse what is wrong as well, but in the name of another layer.
         """
@@ -257,7 +257,7 @@ class TransformerBlock(HasPolicies, BaseLayer):
         refuse_second_input(self, shape, mask)
         check_axes("inputs", tuple(shape), self.pattern)
         axes, n = tuple(shape)[:-1], length_of(shape)
-        check_segments(segment_ids, axes[0], n, n, symbols=True)
+        segment_ids = check_segments(segment_ids, axes[0], n, n, symbols=True)
         pairs = self.attention._mask_shapes(axes, axes)
         masks = {
             "mask": (mask, of_positions(axes)),
@@ -266,7 +266,7 @@ class TransformerBlock(HasPolicies, BaseLayer):
         }
         conditions = [are_flags(name, x) for name, (x, *_) in masks.items()]
         found = [read_mask(name, *wanted) for name, wanted in masks.items()]
-        return *found, [condition for condition in conditions if condition is not None]
+        return *found, segment_ids, [each for each in conditions if each is not None]
 
     def _check_shape(self, shape):
         if shape is None:
@@ -293,7 +293,7 @@ class TransformerBlock(HasPolicies, BaseLayer):
         segment_ids=None,
         training=None,
     ):
-        *masks, _ = self._read(inputs, mask, inputs_mask, attention_mask, segment_ids)
+        *masks, segment_ids, _ = self._read(inputs, mask, inputs_mask, attention_mask, segment_ids)
         if all(x is None for x in masks):
             warn_of_dropped_mask(self, "inputs", inputs)
         self.attention.compute_output_spec(

@@ -257,9 +257,10 @@ def _poison(case, given):
     unseen = np.zeros((case.batch, case.m, case.key_heads), bool)
     if case.key_mask:
         unseen |= ~given["key_mask"][..., None]
-    equal = case.mode == "unknown" and not (case.attention_mask or case.bias or case.positions)
     # Lengths that are not known are taken to be equal: "NaN and infinite numbers" in the docs.
-    if case.poison == "everywhere" and not (equal and case.m > case.n):
+    by_masks = case.attention_mask or case.bias or case.positions
+    may_fail = case.mode == "unknown" and case.m > case.n and not by_masks
+    if case.poison == "everywhere" and not may_fail:
         groups = case.key_heads, case.heads // case.key_heads
         may = oracle.pairs(case, given).any(axis=2).reshape(case.batch, *groups, case.m)
         unseen |= np.moveaxis(~may.any(axis=2), 1, 2)
