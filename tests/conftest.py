@@ -34,6 +34,12 @@ def _costs_of_long_sequences():
     use(DEFAULTS)
 
 
+@pytest.fixture(autouse=True)
+def _the_same_each_time():
+    """Initial weights and dropout, which Keras would draw anew in each run."""
+    keras.utils.set_random_seed(0)
+
+
 @pytest.fixture
 def default_costs():
     """The costs as users have them."""

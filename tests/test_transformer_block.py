@@ -328,9 +328,11 @@ def test_an_exported_block_of_unknown_length(tmp_path):
 
 def test_blocks_train():
     model = block_model(dropout=0.1)
-    model.compile("adam", "mse", jit_compile=BACKEND == "jax")
-    losses = model.fit(TOKENS, np.ones((2, 5, 3)), epochs=5, verbose=0).history["loss"]
-    assert losses[-1] < losses[0]
+    model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=BACKEND == "jax")
+    y = np.ones((2, 5, 3))
+    before = model.evaluate(TOKENS, y, verbose=0)  # without dropout
+    model.fit(TOKENS, y, epochs=20, verbose=0)
+    assert model.evaluate(TOKENS, y, verbose=0) < before / 4
 
 
 BAD = [
