@@ -87,7 +87,7 @@ class Pattern(metaclass=_Frozen):
 
     @property
     def grid_shapes(self):
-        """The shapes of the grids that positions are read from row by row: a tuple of tuples.
+        """A tuple with the shapes of the grids that positions are read from, row by row.
 
         An input of a layer with several axes of positions, such as an image,
         must have these axes; the first may be shorter, and is `None` where it may

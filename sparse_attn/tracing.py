@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import operator
 from functools import cache, reduce
 
@@ -365,7 +366,17 @@ def product(x, y, pattern):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.matmul(x, y, transpose_a=shared == i, transpose_b=shared == m)
+        transposed = {"transpose_a": shared == i, "transpose_b": shared == m}
+        leading = x.shape[:-2]
+        if x.dtype != tf.bfloat16 or len(leading) < 2 or any(n not in (None, 1) for n in leading):
+            return tf.matmul(x, y, **transposed)
+        # A single product of bfloat16 with several leading axes is wrong on CPUs with AMX, seen
+        # with TensorFlow 2.21 and `transpose_b`; with one leading axis it is right.
+        sizes, others = sizes_of(x), sizes_of(y)
+        count = math.prod(sizes[:-2])
+        x = tf.reshape(x, (count, *sizes[-2:]))
+        found = tf.matmul(x, tf.reshape(y, (count, *others[-2:])), **transposed)
+        return tf.reshape(found, (*sizes[:-2], *sizes_of(found)[-2:]))
     x = x if shared == j else x.transpose(-1, -2)
     return x @ (y if shared == k else y.transpose(-1, -2))
 

@@ -19,6 +19,7 @@ from sparse_attn import (
     plan,
     sparse_attention,
     stream,
+    tracing,
 )
 from sparse_attn.masking import LOWEST
 from sparse_attn.reference import dense_attention
@@ -133,6 +134,30 @@ def _root_mean_square(x):
 
 def _greatest(x):
     return np.abs(x).max()
+
+
+@pytest.mark.parametrize("leading", [(1, 1), (1, 1, 1), (2, 1), (1,)])
+@pytest.mark.parametrize(("n", "keys", "dim"), [(2, 49, 5), (4, 57, 16), (16, 63, 4), (1, 49, 64)])
+def test_a_single_product_in_bfloat16(leading, n, keys, dim):
+    """TensorFlow's with several leading axes of size 1 is wrong, on a CPU with AMX."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(-1, 2, (*leading, size, dim)) for size in (n, keys))
+    axes = " ".join("abc"[: len(leading)])
+
+    def product(x, y):
+        return tracing.product(x, y, f"{axes} i d, {axes} k d -> {axes} i k")
+
+    functions = [at_once(product)]
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        for shapes in ((x.shape, y.shape), ([None] * x.ndim, [None] * y.ndim)):
+            specs = [tf.TensorSpec(shape, "bfloat16") for shape in shapes]
+            functions.append(tf.function(product, input_signature=specs))
+    tensors = [ops.cast(ops.convert_to_tensor(z), "bfloat16") for z in (x, y)]
+    for function in functions:
+        found = to_numpy(ops.cast(function(*tensors), "float32"))
+        np.testing.assert_array_equal(found, x @ np.swapaxes(y, -1, -2))
 
 
 def test_products_of_half_precision_are_added_up_in_more():
