@@ -929,7 +929,9 @@ def look_up(table, index):
         return table[np.clip(index, 0, last)]
     from keras import ops
 
-    return ops.take(table, ops.clip(index, 0, last), axis=0)
+    from sparse_attn.tracing import gather
+
+    return gather(ops.convert_to_tensor(table), ops.clip(index, 0, last), axis=0)
 
 
 @leaf

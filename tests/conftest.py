@@ -16,7 +16,7 @@ COSTS = {
 }
 BACKEND = keras.backend.backend()
 ON_JAX = BACKEND == "jax"
-CASES = {"tensorflow": 5, "jax": 3, "torch": 5}[BACKEND]  # JAX compiles for each shape
+CASES = {"tensorflow": 4, "jax": 2, "torch": 5}[BACKEND]  # JAX compiles for each shape
 DEFAULTS = {(module, name): getattr(module, name) for module, name in COSTS}
 
 

@@ -210,11 +210,14 @@ def test_onnx_gives_nan_beyond_the_length_of_a_pattern(tmp_path):
 INTERPRET = """
 import sys, warnings
 import numpy as np
-import tensorflow as tf
 warnings.simplefilter("ignore")
+try:
+    from ai_edge_litert.interpreter import Interpreter
+except ImportError:
+    from tensorflow.lite import Interpreter
 for path in sys.argv[1:]:
     data = np.load(path + ".npz")
-    interpreter = tf.lite.Interpreter(path + ".tflite")
+    interpreter = Interpreter(path + ".tflite")
     place = interpreter.get_input_details()[0]["index"]
     for number in range(len(data.files) // 2):
         x, y = data[f"x{number}"], data[f"y{number}"]
@@ -286,6 +289,20 @@ def test_litert_serves_a_pattern_of_each_class_at_unknown_lengths(kind, tmp_path
 def test_litert_serves_a_pattern_at_a_known_length(kind, tmp_path):
     model = in_a_model(ONE_OF_EACH[kind], 48)
     interpret([convert(model, tmp_path / "known", [vectors(48, 2), vectors(48, 1)])], tmp_path)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's converter")
+@pytest.mark.parametrize("kind", [*ONE_OF_EACH, "shared heads"])
+def test_litert_serves_a_pattern_at_a_known_length_from_pytorch(kind, tmp_path):
+    pytest.importorskip("litert_torch", reason="the converter, litert-torch, is not installed")
+    if kind == "shared heads":
+        x = keras.Input((48, 8))
+        model = keras.Model(x, GroupedQueryAttention(4, 4, 2, pattern=Causal() & Local(5))(x, x))
+    else:
+        model = in_a_model(ONE_OF_EACH[kind], 48)
+    model.export(tmp_path / "model.tflite", format="litert", verbose=False)
+    np.savez(tmp_path / "model.npz", x0=vectors(48, 1), y0=to_numpy(model(vectors(48, 1))))
+    interpret(["model"], tmp_path)
 
 
 @on_tensorflow
