@@ -214,7 +214,8 @@ warnings.simplefilter("ignore")
 try:
     from ai_edge_litert.interpreter import Interpreter
 except ImportError:
-    from tensorflow.lite import Interpreter
+    from tensorflow import lite
+    Interpreter = lite.Interpreter
 for path in sys.argv[1:]:
     data = np.load(path + ".npz")
     interpreter = Interpreter(path + ".tflite")
