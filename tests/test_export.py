@@ -297,12 +297,15 @@ def test_litert_serves_a_pattern_at_a_known_length(kind, tmp_path):
 def test_litert_serves_a_pattern_at_a_known_length_from_pytorch(kind, tmp_path):
     pytest.importorskip("litert_torch", reason="the converter, litert-torch, is not installed")
     if kind == "shared heads":
-        x = keras.Input((48, 8))
+        x = keras.Input((None, 8))
         model = keras.Model(x, GroupedQueryAttention(4, 4, 2, pattern=Causal() & Local(5))(x, x))
     else:
-        model = in_a_model(ONE_OF_EACH[kind], 48)
-    model.export(tmp_path / "model.tflite", format="litert", verbose=False)
-    np.savez(tmp_path / "model.npz", x0=vectors(48, 1), y0=to_numpy(model(vectors(48, 1))))
+        model = in_a_model(ONE_OF_EACH[kind], None)
+    x = vectors(48, 2)
+    signature = [keras.InputSpec(shape=x.shape)]
+    path = tmp_path / "model.tflite"
+    model.export(path, format="litert", input_signature=signature, verbose=False)
+    np.savez(tmp_path / "model.npz", x0=x, y0=to_numpy(model(x)))
     interpret(["model"], tmp_path)
 
 
