@@ -507,6 +507,17 @@ def both_true(x, y):
     return found
 
 
+def on_one_axis(function, x):
+    """`function(x)`, elementwise; on PyTorch `x` has one axis in it.
+
+    PyTorch's converter to LiteRT refuses the minimum and maximum of a tensor of six axes and
+    a number, as positions have where query heads share key heads.
+    """
+    if keras.backend.backend() != "torch":
+        return function(x)
+    return function(x.reshape(-1)).reshape(x.shape)
+
+
 def any_of(flags):
     """`ops.any` of a whole bool tensor, in operations that PyTorch can export to ONNX."""
     return ops.sum(ops.cast(flags, "int32")) > 0

@@ -293,18 +293,21 @@ def test_litert_serves_a_pattern_at_a_known_length(kind, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's converter")
-@pytest.mark.parametrize("kind", [*ONE_OF_EACH, "shared heads"])
+@pytest.mark.parametrize("kind", [*ONE_OF_EACH, "shared heads", "shared heads with a bias"])
 def test_litert_serves_a_pattern_at_a_known_length_from_pytorch(kind, tmp_path):
+    # This imports it before the first export, as docs/keras.md says.
     pytest.importorskip("litert_torch", reason="the converter, litert-torch, is not installed")
-    if kind == "shared heads":
-        x = keras.Input((None, 8))
-        model = keras.Model(x, GroupedQueryAttention(4, 4, 2, pattern=Causal() & Local(5))(x, x))
+    if kind in ONE_OF_EACH:
+        model = in_a_model(ONE_OF_EACH[kind], 300 if kind == "band" else 48)
     else:
-        model = in_a_model(ONE_OF_EACH[kind], None)
-    x = vectors(48, 2)
-    signature = [keras.InputSpec(shape=x.shape)]
+        x = keras.Input((300, 8))
+        bias = RelativePositionBias(4, bidirectional=False) if "bias" in kind else None
+        layer = GroupedQueryAttention(4, 4, 2, pattern=Causal() & Local(5), score_mod=bias)
+        model = keras.Model(x, layer(x, x))
+    x = vectors(model.input_shape[1], 2)
+    signature = [keras.InputSpec(shape=x.shape)]  # else a batch of 1
     path = tmp_path / "model.tflite"
-    model.export(path, format="litert", input_signature=signature, verbose=False)
+    model.export(path, format="litert", verbose=False, input_signature=signature)
     np.savez(tmp_path / "model.npz", x0=x, y0=to_numpy(model(x)))
     interpret(["model"], tmp_path)
 

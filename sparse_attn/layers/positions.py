@@ -12,7 +12,7 @@ from sparse_attn.layers.saving import HasPolicies
 from sparse_attn.reshaping import rearrange
 from sparse_attn.scores import PositionBias, tensors_of
 from sparse_attn.tensors import to_tensor, values_of
-from sparse_attn.tracing import all_of, gather, require, size_of, value_of
+from sparse_attn.tracing import all_of, gather, on_one_axis, require, size_of, value_of
 
 
 @keras.saving.register_keras_serializable(package="sparse_attn")
@@ -367,7 +367,7 @@ class RelativePositionBias(HasPolicies, BaseLayer, PositionBias):
         return ops.where(distance > 0, bucket + wide, bucket) if self.bidirectional else bucket
 
     def bias(self, q_pos, k_pos, head, table):
-        place = self.buckets(k_pos - q_pos) * self.num_heads + head
+        place = on_one_axis(self.buckets, k_pos - q_pos) * self.num_heads + head
         return gather(ops.reshape(table, (-1,)), place, axis=0)
 
     def call(self, q_pos, k_pos):
